@@ -1,0 +1,25 @@
+"""Data sets: the HDF5 format, the ones that come with hiertune, importers, and what training reads."""
+
+from hiertune.data.builtin import builtin_names
+from hiertune.data.dataset import HierarchicalDataset, Inputs, MemoryInputs, open_dataset
+from hiertune.data.describe import Description, describe
+from hiertune.data.format import write_dataset
+from hiertune.data.importers import import_fasta, import_table
+from hiertune.data.nearest import nearest_neighbour_predictions
+from hiertune.data.splits import SPLITS, split_of_ids
+
+__all__ = [
+    "SPLITS",
+    "Description",
+    "HierarchicalDataset",
+    "Inputs",
+    "MemoryInputs",
+    "builtin_names",
+    "describe",
+    "import_fasta",
+    "import_table",
+    "nearest_neighbour_predictions",
+    "open_dataset",
+    "split_of_ids",
+    "write_dataset",
+]
