@@ -1,0 +1,206 @@
+"""The rules of a space or a config that need the data, or several sections, to be decided."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hiertune._problems import Problems, nearest, origin_of
+from hiertune._yaml import Key
+from hiertune.config import (
+    ASHAConfig,
+    FixedConfig,
+    GradNormConfig,
+    IdentityConfig,
+    MedianConfig,
+    MLPConfig,
+    TrialConfig,
+)
+from hiertune.space import Resolved, Space
+
+if TYPE_CHECKING:
+    from hiertune.data import HierarchicalDataset
+
+
+@dataclass(frozen=True)
+class _Metric:
+    per_level: Literal["never", "optional", "always"]
+    mode: Literal["max", "min"]
+
+
+_METRICS = {
+    "loss": _Metric("optional", "min"),
+    "accuracy": _Metric("always", "max"),
+    "top5_accuracy": _Metric("always", "max"),
+    "accuracy_seen": _Metric("always", "max"),
+    "chain_accuracy": _Metric("never", "max"),
+    "partial_chain_accuracy": _Metric("never", "max"),
+    "hierarchical_distance": _Metric("never", "min"),
+}
+"""The metrics of a validation split that a search can optimise."""
+
+
+def objective_metrics(levels: tuple[str, ...]) -> list[str]:
+    """The name of every metric that a search over these levels can optimise."""
+    bare = [f"val/{name}" for name, metric in _METRICS.items() if metric.per_level != "always"]
+    leveled = [name for name, metric in _METRICS.items() if metric.per_level != "never"]
+    return bare + [f"val/{name}/{level}" for name in leveled for level in levels]
+
+
+def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -> None:
+    """Raise InputError for what cannot be trained or measured on this data set.
+
+    Of a space, every config that `Space.corners` lists is checked, and its `search` section. The
+    sections of a trial are chosen independently, so what two sections forbid together is an error
+    as soon as each can occur.
+    """
+    if isinstance(target, Space):
+        corners = list(target.corners())
+        problems = Problems(target.file)
+        gpu = _workers_may_have_gpu(target.config.search.gpus_per_worker)
+        dataset.require_rows("train", "val")
+        _check_objective(target, dataset.levels, problems)
+        _check_grace(target, corners, problems)
+    else:
+        corners = [Resolved(target, {})]
+        problems = Problems(None)
+        gpu = _cuda_is_available()
+        dataset.require_rows("train")
+    _check_weights(corners, dataset.levels, problems)
+    _check_batch_size(corners, len(dataset.rows("train")), problems)
+    _check_shared_layer(corners, problems)
+    _check_device(corners, gpu, problems)
+    problems.raise_any()
+
+
+def _workers_may_have_gpu(asked: float | None) -> bool:
+    if asked is not None:
+        return asked > 0
+    # A cluster elsewhere may have the GPUs that this machine lacks.
+    return "RAY_ADDRESS" in os.environ or _cuda_is_available()
+
+
+def _cuda_is_available() -> bool:
+    import torch  # takes seconds to import
+
+    return torch.cuda.is_available()
+
+
+def _add(problems: Problems, at: Resolved, key: Key, problem: str, allowed: str) -> None:
+    origin = origin_of(at.origins, key)
+    problems.add(problem, line=origin.line if origin else None, key=key, allowed=allowed)
+
+
+def _first(corners: Iterable[Resolved], test: Callable[[TrialConfig], bool]) -> Resolved | None:
+    return next((corner for corner in corners if test(corner.config)), None)
+
+
+# ---------------------------------------------------------------------------- the search section
+
+
+def _check_objective(space: Space, levels: tuple[str, ...], problems: Problems) -> None:
+    objective = space.config.search.objective
+    written = objective.metric or f"val/accuracy/{levels[-1]}"
+    problem, allowed = _metric_problem(written, levels)
+    key = "metric"
+    if problem is None:
+        best = _METRICS[written.split("/")[1]].mode
+        if objective.mode == best:
+            return
+        key, allowed = "mode", best
+        problem = f"'{objective.mode}' would look for the worst {written}"
+    line = space.line_of(f"search.objective.{key}")
+    problems.add(problem, line=line, key=("search", "objective", key), allowed=allowed)
+
+
+def _metric_problem(metric: str, levels: tuple[str, ...]) -> tuple[str | None, str]:
+    """What is wrong with the name of a metric (None if nothing is), and what is allowed."""
+    split, _, rest = metric.partition("/")
+    name, _, level = rest.partition("/")
+    if split != "val" or name not in _METRICS or metric.endswith("/"):
+        known = ", ".join(f"val/{known}{_level_form(known)}" for known in _METRICS)
+        return f"there is no metric '{metric}'{nearest(metric, objective_metrics(levels))}", known
+    form = _METRICS[name].per_level
+    if form == "never" and level:
+        return f"'val/{name}' has no levels, got '{metric}'", f"val/{name}"
+    if form == "always" and not level:
+        return f"'{metric}' needs a level, as in 'val/{name}/{levels[-1]}'", ", ".join(levels)
+    if level and level not in levels:
+        return f"the data has no level '{level}'{nearest(level, levels)}", ", ".join(levels)
+    return None, ""
+
+
+def _level_form(name: str) -> str:
+    return {"never": "", "optional": "[/<level>]", "always": "/<level>"}[_METRICS[name].per_level]
+
+
+def _check_grace(space: Space, corners: list[Resolved], problems: Problems) -> None:
+    scheduler = space.config.search.scheduler
+    if not isinstance(scheduler, ASHAConfig | MedianConfig):
+        return
+    if "grace_epochs" not in scheduler.model_fields_set:
+        return  # the default gives way to short trials
+    epochs = min(corner.config.train.epochs for corner in corners)
+    if scheduler.grace_epochs > epochs:
+        problems.add(
+            f"{scheduler.grace_epochs} is more than a trial's epochs ({epochs}): none would ever be stopped",
+            line=space.line_of("search.scheduler.grace_epochs"),
+            key=("search", "scheduler", "grace_epochs"),
+            allowed=f"a whole number of at least 1 and at most {epochs}",
+        )
+
+
+# ------------------------------------------------------------------------------ the trial's sections
+
+
+def _check_weights(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
+    for corner in corners:
+        weighting = corner.config.weighting
+        for level in weighting.weights if isinstance(weighting, FixedConfig) else ():
+            if level not in levels:
+                key = ("weighting", "weights", level)
+                problem = f"the data has no level '{level}'{nearest(level, levels)}"
+                _add(problems, corner, key, problem, ", ".join(levels))
+
+
+def _check_batch_size(corners: list[Resolved], rows: int, problems: Problems) -> None:
+    key = ("train", "batch_size")
+    most = max(corners, key=lambda corner: corner.config.train.batch_size)
+    if (size := most.config.train.batch_size) > rows:
+        problem = f"a batch of {size} rows is larger than the training split of {rows}"
+        _add(problems, most, key, problem, f"a whole number of at least 1 and at most {rows}")
+    normed = _first(corners, _has_batch_norm)
+    least = min(corners, key=lambda corner: corner.config.train.batch_size)
+    if normed and least.config.train.batch_size == 1:
+        problem = "a batch of one row has no batch statistics, which the mlp backbone's 'norm: batch' needs"
+        _add(problems, least, key, problem, "a whole number of at least 2; or another norm")
+
+
+def _has_batch_norm(config: TrialConfig) -> bool:
+    return isinstance(config.model.backbone, MLPConfig) and config.model.backbone.norm == "batch"
+
+
+def _check_shared_layer(corners: list[Resolved], problems: Problems) -> None:
+    bare = _first(corners, lambda config: isinstance(config.model.backbone, IdentityConfig))
+    weighed = _first(corners, _measures_last_layer)
+    if bare and weighed:
+        problem = "'last_layer' needs a shared layer, and the identity backbone has none"
+        _add(problems, weighed, ("weighting", "at"), problem, "features; or another backbone")
+
+
+def _measures_last_layer(config: TrialConfig) -> bool:
+    return isinstance(config.weighting, GradNormConfig) and config.weighting.at == "last_layer"
+
+
+def _check_device(corners: list[Resolved], gpu: bool, problems: Problems) -> None:
+    for corner in corners:
+        train = corner.config.train
+        if train.device == "cuda" and not gpu:
+            problem = "'cuda' needs a GPU, and the workers have none"
+            _add(problems, corner, ("train", "device"), problem, "auto, cpu")
+        elif train.precision == "fp16" and (train.device == "cpu" or not gpu):
+            where = "train.device is 'cpu'" if train.device == "cpu" else "the workers have none"
+            problem = f"'fp16' needs a GPU, and {where}"
+            _add(problems, corner, ("train", "precision"), problem, "fp32, bf16")
