@@ -1,0 +1,7 @@
+"""Models: a backbone makes shared features, a head turns them into logits of every level."""
+
+from hiertune.models.backbones import MLP, Identity
+from hiertune.models.classifier import HierarchicalClassifier, build_model
+from hiertune.models.head import HierarchicalHead
+
+__all__ = ["MLP", "HierarchicalClassifier", "HierarchicalHead", "Identity", "build_model"]
