@@ -1,0 +1,100 @@
+"""Checkpoints that survive a kill at any instant.
+
+A file is a checksum followed by what `torch.save` wrote. A new one is complete on disk before it takes
+the name of the old one, which stays beside it as `<name>.previous`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MAGIC = b"hiertune-checkpoint-1\n"
+_DIGEST_BYTES = 4
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path`; the one before it is kept as a fallback."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    with open(new, "wb") as file:
+        file.write(_MAGIC)
+        file.write(zlib.crc32(payload).to_bytes(_DIGEST_BYTES, "big"))
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, _previous(path))
+    os.replace(new, path)
+    _sync_directory(path.parent)
+
+
+def read_checkpoint(path: Path) -> bytes | None:
+    """What `torch.save` wrote: the newest that is whole, or None if there is none."""
+    for candidate in (path, _previous(path)):
+        if candidate.exists() and (payload := _verified(candidate.read_bytes())) is not None:
+            return payload
+    return None
+
+
+def decode_checkpoint(payload: bytes) -> dict[str, Any]:
+    """The saved state on the CPU. Loads tensors and plain values only: a checkpoint cannot run code."""
+    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the checkpoint, its fallback and any unfinished one."""
+    for file in (path, _previous(path), path.with_name(path.name + ".new")):
+        file.unlink(missing_ok=True)
+
+
+class CheckpointClock:
+    """Decides when the next checkpoint is worth its time: it may take a twentieth of the training.
+
+    So a trial of short epochs is not slowed down by writing them all, and what a kill can cost stays
+    small: an epoch, or `least_seconds`, or twenty times what a checkpoint takes, whichever is longest.
+    """
+
+    share = 0.05
+    least_seconds = 1.0
+
+    def __init__(self) -> None:
+        self._cost = 0.0
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        start = time.monotonic()
+        save_checkpoint(path, state)
+        self._last = time.monotonic()
+        self._cost = self._last - start
+
+
+def _verified(content: bytes) -> bytes | None:
+    header = len(_MAGIC) + _DIGEST_BYTES
+    digest, payload = content[len(_MAGIC) : header], content[header:]
+    whole = content.startswith(_MAGIC) and digest == zlib.crc32(payload).to_bytes(_DIGEST_BYTES, "big")
+    return payload if whole else None
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

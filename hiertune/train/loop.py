@@ -1,0 +1,83 @@
+"""Trains one config: run -> epoch -> step. The steps are in `trial.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hiertune.config import TrialConfig
+from hiertune.data import HierarchicalDataset
+from hiertune.models import HierarchicalClassifier
+from hiertune.train.checkpoint import CheckpointClock
+from hiertune.train.result import Decision, EpochResult, TrialOutcome
+from hiertune.train.settings import pick_device, trial_settings
+from hiertune.train.trial import Trial
+
+Report = Callable[[EpochResult], Decision]
+
+
+def run_trial(
+    config: TrialConfig,
+    data: HierarchicalDataset,
+    report: Report,
+    *,
+    fit_on: tuple[str, ...] = ("train",),
+    validate_on: tuple[str, ...] = ("val",),
+    test_on: tuple[str, ...] = (),
+    checkpoint: Path | None = None,
+    resume: bool = True,
+    finish: Callable[[HierarchicalClassifier], None] | None = None,
+) -> TrialOutcome:
+    """Train one trial; every worker of the process group (if there is one) calls this alike.
+
+    After each epoch all workers call `report` with the same result, and must get the same decision;
+    what it answers to the last epoch changes nothing. `test_on` is measured once, at the end.
+    `finish` is called on the first worker with the trained model, in evaluation mode.
+
+    With a `checkpoint` path the first worker writes there after an epoch's report, if it is worth the
+    time (`CheckpointClock`) or the trial is stopped; not after the last epoch. `resume` goes on from it:
+    bit-identical to a run without a break, from the epoch after the checkpoint, which may have been
+    reported before.
+
+    Raises, on all workers together: TrialFailed if a loss is not finite; InputError for a split
+    without rows, or a config that this data or machine cannot follow. The process group stays usable.
+    """
+    for splits in (fit_on, validate_on, test_on):
+        data.require_rows(*splits)
+    device = pick_device(config.train)
+    with trial_settings(config.train, device):
+        trial = Trial(config, data, fit_on, device)
+        if checkpoint is not None and resume:
+            trial.resume(checkpoint)
+        clock = CheckpointClock()
+        while True:
+            result = _run_epoch(trial, validate_on)
+            stop = report(result) is Decision.STOP
+            if result.last:
+                break
+            if checkpoint is not None and trial.workers.first and (stop or clock.due()):
+                clock.save(checkpoint, trial.state())
+            if stop:
+                break
+        tested = trial.evaluate("test", data.rows(*test_on)) if test_on else {}
+        if finish is not None and trial.workers.first:
+            finish(trial.model.eval())
+        return TrialOutcome(trial.epoch, not result.last, result.metrics | tested)
+
+
+def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
+    start = time.perf_counter()
+    metrics = trial.train_epoch()
+    if validate_on:
+        metrics |= trial.evaluate("val", trial.data.rows(*validate_on))
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trial.device)
+    return EpochResult(
+        trial.epoch,
+        metrics,
+        trial.workers.sum(seconds).item() / trial.workers.size,
+        trial.steps,
+        last=trial.epoch == trial.config.train.epochs,
+    )

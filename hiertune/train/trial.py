@@ -1,0 +1,283 @@
+"""Everything that one trial owns, and its epochs and steps.
+
+Shapes: B rows of this worker in one forward pass, L levels, C_l classes of level l, S steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hiertune.config import TrainConfig, TrialConfig
+from hiertune.data import HierarchicalDataset
+from hiertune.errors import InputError
+from hiertune.gradnorm import build_weighting
+from hiertune.losses import build_losses, class_weights, level_losses
+from hiertune.metrics import Evaluation, seen_classes
+from hiertune.models import HierarchicalClassifier, build_model
+from hiertune.train.batch_norm import has_batch_norm, synchronize_batch_norms
+from hiertune.train.batches import BatchPlan, Step, random_stream
+from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.feed import Batch, Feed
+from hiertune.train.optim import build_optimizer, learning_rate_factor
+from hiertune.train.result import TrialFailed
+from hiertune.train.standardize import standardization
+from hiertune.train.workers import Workers
+
+FINITE_CHECK_STEPS = 50
+"""How often within an epoch all workers look whether the loss is still finite."""
+
+_EVALUATION_ROWS = 1024
+_EVALUATION_ELEMENTS = 2**23
+"""An evaluation batch has at most so many rows, and so many logits at the largest level."""
+
+
+class Trial:
+    """Model, optimiser, weighting and data order of one trial, on one of its workers.
+
+    Make it within `trial_settings`. The model's initial weights follow from the seed alone; the order
+    of rows and the random numbers of dropout from seed, epoch (and rank), so that no generator's
+    state outlives an epoch.
+    """
+
+    def __init__(
+        self, config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...], device: torch.device
+    ) -> None:
+        train, taxonomy = config.train, data.taxonomy
+        self.config, self.data, self.fit_on, self.device = config, data, fit_on, device
+        self.workers = Workers.current()
+        self.epoch = 0
+        """Epochs done."""
+        self.steps = 0
+        """Optimiser steps done."""
+
+        rows = data.rows(*fit_on)
+        self.plan = BatchPlan(
+            data.inputs, rows, train.batch_size, train.seed, self.workers, train.accumulation
+        )
+        self._feed = Feed(data, device)
+        self._losses = build_losses(config.loss, taxonomy).to(device)
+        weights = class_weights(config.loss.class_weights, data.labels[rows], taxonomy)
+        self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
+        self._weighting = build_weighting(config.weighting, taxonomy.levels, device)
+
+        self.model = _build_model(config, data, fit_on).to(device)
+        _check_batch_norm(self.model, self.plan)
+        self._network = _distribute(self.model, self.workers)
+        self._parameters = list(self.model.parameters())
+        self._optimizer = build_optimizer(config.optimizer, self._parameters)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+
+    # ------------------------------------------------------------------------------- training
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the training rows; its metrics, the same on all workers. Raises TrialFailed."""
+        self.epoch += 1
+        seed = self.config.train.seed
+        torch.manual_seed(random_stream(seed, self.epoch, 1 + self.workers.rank))
+        steps = self.plan.epoch(self.epoch)
+        counts = self._known_counts(steps)
+        losses = torch.zeros_like(counts)  # [S, L]: this worker's share of each step's loss
+        batches = self._feed.batches(self.plan.shard(rows) for step in steps for rows in step.passes)
+        self._network.train()
+        for number, step in enumerate(steps):
+            self._train_step(step, islice(batches, len(step.passes)), counts[number], losses[number])
+            if (number + 1) % FINITE_CHECK_STEPS == 0:
+                self._check_finite(losses[: number + 1])
+        self._check_finite(losses)
+        return self._training_metrics(losses, counts)
+
+    def _train_step(self, step: Step, batches: Iterator[Batch], counts: Tensor, losses: Tensor) -> None:
+        """One optimiser step. `counts` [L]: known labels of the whole step; adds its loss to `losses` [L].
+
+        A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
+        """
+        weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
+        for number, (inputs, labels) in enumerate(batches, start=1):
+            last = number == len(step.passes)
+            with self._gradient_sync(last):
+                of_levels = self._forward(inputs, labels, counts)
+                if last and self._weighting.wants_update(self.steps):
+                    self._update_weights(of_levels, labels, step)
+                stacked = torch.stack(of_levels)
+                self._scaler.scale(stacked @ weights).backward()
+            losses += stacked.detach()
+        self._update_parameters()
+        self.model.release()
+
+    def _forward(self, inputs: Tensor, labels: Tensor, counts: Tensor) -> list[Tensor]:
+        with _autocast(self.config.train, self.device):
+            logits = self._network(inputs)
+        return level_losses(self._losses, logits, labels, counts, self._class_weights)
+
+    def _update_weights(self, losses: Sequence[Tensor], labels: Tensor, step: Step) -> None:
+        """Let the weighting measure the last pass of a step, whose losses are made means over that pass."""
+        of_step, of_pass = self._known_counts([step, Step(step.passes[-1:])])
+
+        def base_losses() -> list[Tensor]:
+            assert self.model.base_logits is not None
+            return level_losses(self._losses, self.model.base_logits, labels, of_pass, self._class_weights)
+
+        if len(step.passes) > 1:
+            losses = [
+                loss * share for loss, share in zip(losses, of_step / of_pass.clamp(min=1), strict=True)
+            ]
+        self._weighting.update(self.model, losses, of_pass, base_losses)
+
+    def _update_parameters(self) -> None:
+        total = self.config.train.epochs * self.plan.steps_per_epoch
+        factor = learning_rate_factor(self.config.schedule, self.steps, total)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * factor
+        if self.config.train.grad_clip > 0:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.train.grad_clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        self.steps += 1
+
+    def _gradient_sync(self, wanted: bool) -> AbstractContextManager:
+        if wanted or not isinstance(self._network, DistributedDataParallel):
+            return nullcontext()
+        return self._network.no_sync()
+
+    def _known_counts(self, steps: Sequence[Step]) -> Tensor:
+        """Known labels of each step over all workers, float32 [S, L]; every worker has all labels."""
+        sizes = [sum(map(len, step.passes)) for step in steps]
+        known = self.data.labels[np.concatenate([rows for step in steps for rows in step.passes])] >= 0
+        starts = np.cumsum([0, *sizes[:-1]])
+        return torch.from_numpy(np.add.reduceat(known, starts, dtype=np.float32)).to(self.device)
+
+    def _check_finite(self, losses: Tensor) -> None:
+        bad = ~losses.isfinite().all(1)
+        never = torch.tensor(len(losses), device=self.device)
+        first = self.workers.least(torch.where(bad.any(), bad.int().argmax(), never)).item()
+        if first < len(losses):
+            step = (self.epoch - 1) * self.plan.steps_per_epoch + int(first) + 1
+            raise TrialFailed(f"train/loss is not finite at epoch {self.epoch}, step {step}")
+
+    def _training_metrics(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
+        known = counts.double().sum(0)
+        sums = self.workers.sum((losses.double() * counts).sum(0))
+        of_levels = torch.where(known > 0, sums / known, 0.0).tolist()
+        names = [f"train/loss/{level}" for level in self.data.levels]
+        return {
+            "train/loss": sum(of_levels),
+            **dict(zip(names, of_levels, strict=True)),
+            "lr": self._optimizer.param_groups[0]["lr"],
+            **self._weighting.report(),
+        }
+
+    # ----------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, split: str, rows: np.ndarray) -> dict[str, float]:
+        """Metrics `<split>/...` on `rows`, exact and the same on all workers. Raises TrialFailed.
+
+        The loss is that of training without class and level weights.
+        """
+        seen = seen_classes(self.data.labels[self.plan.rows], self.data.taxonomy)
+        evaluation = Evaluation(self.data.taxonomy, seen, self.device)
+        ones = torch.ones(self.data.taxonomy.num_levels, device=self.device)
+        no_weights = [None] * self.data.taxonomy.num_levels
+        size = min(_EVALUATION_ROWS, max(1, _EVALUATION_ELEMENTS // max(self.data.taxonomy.num_classes)))
+        shard = self.plan.shard(rows)
+        self.model.eval()
+        for inputs, labels in self._feed.batches(shard[i : i + size] for i in range(0, len(shard), size)):
+            with _autocast(self.config.train, self.device):
+                logits = self.model(inputs)
+            sums = level_losses(self._losses, logits, labels, ones, no_weights)
+            evaluation.add(logits, labels, sums)
+        self.model.release()
+        self.workers.sum(evaluation.state)
+        metrics = evaluation.compute(split)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise TrialFailed(f"{name} is {value} at epoch {self.epoch}")
+        return metrics
+
+    # ---------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on; tensors and plain values."""
+        return {
+            "trial": self._identity,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "weighting": self._weighting.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on from the checkpoint at `path`, as the first worker sees it; without one, from the start.
+
+        InputError if it is of another trial.
+        """
+        payload = self.workers.from_first(read_checkpoint(path) if self.workers.first else None, self.device)
+        if payload is None:
+            return
+        state = decode_checkpoint(payload)
+        if state["trial"] != self._identity:
+            raise InputError(
+                "this checkpoint is of another config, data set or choice of splits",
+                file=path,
+                allowed="the folder of this very trial, or an empty one",
+            )
+        self.epoch, self.steps = state["epoch"], state["steps"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._weighting.load_state_dict(state["weighting"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    @property
+    def _identity(self) -> str:
+        """What decides the numbers of this trial. Where its data lie does not."""
+        config = self.config.model_dump_json(exclude={"data"})
+        return hashlib.sha256(f"{config} {self.data.fingerprint} {self.fit_on}".encode()).hexdigest()
+
+
+def _build_model(
+    config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...]
+) -> HierarchicalClassifier:
+    statistics = standardization(data, fit_on) if config.model.backbone.standardize else None
+    return build_model(config.model, data.taxonomy, tuple(data.inputs.shape[1:]), statistics)
+
+
+def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
+    if has_batch_norm(model) and plan.smallest_pass < 2:
+        raise InputError(
+            "batch normalisation needs at least two rows in every batch",
+            key="train.batch_size",
+            allowed="2 or more, or another model.backbone.norm",
+        )
+
+
+def _distribute(model: HierarchicalClassifier, workers: Workers) -> nn.Module:
+    if workers.size == 1:
+        return model
+    synchronize_batch_norms(model)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # they are constant, or synchronised by batch norm itself
+    return network
+
+
+_HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_HALF[config.precision])

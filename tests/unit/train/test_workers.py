@@ -1,0 +1,164 @@
+"""Two workers against one: the same global batches, the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hiertune.config import (
+    AdamWConfig,
+    ConditionalHeadConfig,
+    CrossEntropyConfig,
+    GradNormConfig,
+    HierarchicalSoftmaxConfig,
+    IdentityConfig,
+    ModelConfig,
+    SGDConfig,
+    TaxonomySmoothingConfig,
+)
+from hiertune.data import HierarchicalDataset
+from hiertune.errors import InputError
+from hiertune.models import build_model
+from hiertune.train import TrialFailed
+
+
+@pytest.fixture(scope="module")
+def data(make_data):
+    return make_data()
+
+
+def same_on_both(records):
+    """The record of the first rank; reports and errors are the same on the other."""
+    first, second = records
+    for record in records:
+        if record["outcome"] is None and record["error"] is not None:
+            assert str(record["error"]) == str(first["error"])
+    assert [(r.epoch, r.metrics, r.steps, r.last, r.seconds) for r in first["reports"]] == [
+        (r.epoch, r.metrics, r.steps, r.last, r.seconds) for r in second["reports"]
+    ]
+    assert first["outcome"] == second["outcome"]
+    assert second["parameters"] is None
+    return first
+
+
+CASES = {
+    "cross entropy": {"loss": CrossEntropyConfig(smoothing=0.1)},
+    "one row more than batches": {"batch_size": 11},
+    "odd batches": {"batch_size": 7},
+    "class weights": {"loss": CrossEntropyConfig(class_weights={"method": "smoothing"})},
+    "smoothing": {"loss": TaxonomySmoothingConfig(alpha=0.3), "head": HierarchicalSoftmaxConfig()},
+    "accumulation": {"batch_size": 3, "accumulation": 4},
+    "clipping": {"grad_clip": 0.1},
+    "gradnorm at the features": {"weighting": GradNormConfig(interval=2)},
+    "gradnorm at the last layer": {"weighting": GradNormConfig(interval=2, at="last_layer")},
+    "gradnorm of refined logits": {
+        "weighting": GradNormConfig(interval=1, linear_heads=False),
+        "head": ConditionalHeadConfig(temperature=0.7),
+        "accumulation": 2,
+    },
+    "batch norm": {"norm": "batch", "batch_size": 7},
+    "batch norm under gradnorm at the last layer": {
+        "norm": "batch",
+        "weighting": GradNormConfig(interval=1, at="last_layer"),
+    },
+    "workers without rows": {"batch_size": 1, "epochs": 1, "loss": TaxonomySmoothingConfig()},
+    "identity": {"model": ModelConfig(backbone=IdentityConfig()), "weighting": GradNormConfig(interval=1)},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_two_workers_agree_with_one(config, data, alone, pair, changes):
+    settings = config(**changes)
+    one = alone(settings, data, test_on=("test",))
+    two = same_on_both(pair(settings, data, test_on=("test",)))
+    assert len(one["reports"]) == len(two["reports"]) == settings.train.epochs
+    for of_one, of_two in zip(one["reports"], two["reports"], strict=True):
+        assert of_two.metrics == pytest.approx(of_one.metrics, rel=2e-4, abs=1e-6)
+        assert of_two.steps == of_one.steps
+    assert two["outcome"].metrics == pytest.approx(one["outcome"].metrics, rel=2e-4, abs=1e-6)
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_level_that_no_row_knows_hangs_nobody(config, data, pair):
+    labels = data.labels.copy()
+    labels[:, 2] = -1
+    blind = HierarchicalDataset(data.inputs, labels, data.ids, data.split, data.taxonomy)
+    record = same_on_both(pair(config(weighting=GradNormConfig(interval=1)), blind))
+    assert record["outcome"].metrics["train/loss/genus"] == 0.0
+
+
+def everything(config):
+    return config(
+        epochs=3,
+        dropout=0.3,
+        norm="batch",
+        accumulation=2,
+        head=ConditionalHeadConfig(routing="gumbel"),
+        weighting=GradNormConfig(interval=2),
+        optimizer=AdamWConfig(lr=0.01),
+    )
+
+
+def epochs_of(record):
+    return [(r.epoch, r.metrics, r.steps) for r in record["reports"]], record["outcome"]
+
+
+def test_bit_identical_in_a_warm_pair_and_when_resumed(config, data, pair, tmp_path):
+    settings = everything(config)
+    first = epochs_of(same_on_both(pair(settings, data)))
+    assert isinstance(pair(config(optimizer=SGDConfig(lr=1e30)), data)[0]["error"], TrialFailed)
+    assert epochs_of(same_on_both(pair(settings, data))) == first
+    stopped = same_on_both(pair(settings, data, checkpoint=tmp_path / "checkpoint", stop_at=1))
+    assert stopped["outcome"].stopped
+    resumed = same_on_both(pair(settings, data, checkpoint=tmp_path / "checkpoint"))
+    assert epochs_of(resumed) == (first[0][1:], first[1])
+
+
+def test_dropout_differs_between_workers(config, make_data, pair):
+    """Two copies of a row, one per worker: where only one keeps an input, its weight moves half as far."""
+    double = make_data(train=2, val=4, test=0, features=400)
+    double.inputs.tensor.fill_(1.0)
+    double.labels[double.rows("train")] = [0, 0, 0]
+    backbone = IdentityConfig(dropout=0.5, standardize=False)
+    settings = config(epochs=1, batch_size=2, model=ModelConfig(backbone=backbone))
+    moved = pair(settings, double)[0]["parameters"]["head.linear.layers.0.weight"]
+    torch.manual_seed(settings.train.seed)
+    start = build_model(settings.model, double.taxonomy, (400,), None).head.linear["domain"].weight
+    distance = (moved - start).abs()[0].detach()
+    kept_by = (2 * distance / distance.max()).round().int()
+    assert torch.bincount(kept_by, minlength=3).tolist() == pytest.approx([100, 200, 100], abs=40)
+
+
+def test_failure_is_raised_by_all_together(config, data, pair):
+    first, second = pair(config(optimizer=SGDConfig(lr=1e30), batch_size=9), data)
+    for record in (first, second):
+        assert isinstance(record["error"], TrialFailed)
+        assert record["error"].reason == "train/loss is not finite at epoch 1, step 2"
+
+
+def test_one_rank_without_a_finite_loss_fails_all(config, data, pair):
+    """The bad row is in the first batch, so one worker alone sees it there."""
+    inputs = data.inputs.tensor.clone()
+    bad = HierarchicalDataset(type(data.inputs)(inputs), data.labels, data.ids, data.split, data.taxonomy)
+    row = int(data.rows("train")[0])
+    inputs[row] = float("inf")
+    records = pair(config(standardize=False, batch_size=1000), bad)
+    assert [record["error"].reason for record in records] == [
+        "train/loss is not finite at epoch 1, step 1"
+    ] * 2
+
+
+def test_stop_is_obeyed_by_both(config, data, pair):
+    record = same_on_both(pair(config(epochs=6), data, stop_at=2))
+    assert [r.epoch for r in record["reports"]] == [1, 2]
+    assert record["outcome"].stopped
+
+
+def test_bad_input_leaves_the_pair_usable(config, data, pair, tmp_path):
+    for record in pair(config(norm="batch", batch_size=1), data):
+        assert isinstance(record["error"], InputError)
+    pair(config(), data, checkpoint=tmp_path / "checkpoint", stop_at=1)
+    for record in pair(config(seed=5), data, checkpoint=tmp_path / "checkpoint"):
+        assert isinstance(record["error"], InputError)
+    assert same_on_both(pair(config(), data))["outcome"].epochs == 3
