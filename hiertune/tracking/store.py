@@ -1,0 +1,179 @@
+"""MLflow's side of tracking: the only module that imports mlflow, and it runs in the side process."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from hiertune.tracking.limits import (
+    LONGEST_PARAM,
+    LONGEST_TAG,
+    MOST_METRICS,
+    MOST_VALUES,
+    batches,
+    clean_name,
+    json_size,
+    text,
+)
+from hiertune.tracking.uri import artifact_location, display_uri
+
+Unavailable = (MlflowException, SQLAlchemyError, OSError)  # requests' errors are OSErrors
+Unreachable = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+
+# Final answers: the same request can never succeed. Any other error may pass.
+FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
+
+# A pruned trial is a good result of the search, but not a run that finished.
+STATUS = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "interrupted": "KILLED"}
+
+
+class Emptied(Exception):
+    """The store no longer has a run that it had: somebody began it anew."""
+
+
+class Store:
+    """The runs of one search in one MLflow store. Every call may be repeated."""
+
+    def __init__(self, run_dir: Path, header: Mapping[str, Any], runs: Mapping[str, str]) -> None:
+        """`runs`: known run ids of trials, and of the search under ''.
+
+        Raises:
+            Emptied: the search's run is gone, so the store was emptied since `runs` was noted.
+        """
+        self.runs = dict(runs)
+        self.refused = 0
+        """Values that MLflow refused for good."""
+        self.refusal: str | None = None
+        self._run_dir = run_dir
+        self._header = header
+        self._client = MlflowClient(tracking_uri=header["uri"])
+        self._experiment = self._find_experiment()
+        if "" in self.runs:
+            self._check_exists(self.runs[""])
+
+    def _find_experiment(self) -> str:
+        name = self._header["experiment"]
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        location = artifact_location(self._header["uri"], self._run_dir.parent)
+        return self._client.create_experiment(name, artifact_location=location)
+
+    def _check_exists(self, run_id: str) -> None:
+        try:
+            self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise Emptied(run_id) from None
+            raise
+
+    def start(self, trial: str, record: Mapping[str, Any]) -> None:
+        """Give a run its parameters. They can't change in MLflow: new values of a resumed run are tags."""
+        run_id = self._run(trial, record["t"])
+        given = {clean_name(key): text(value, LONGEST_PARAM) for key, value in record["params"].items()}
+        before: dict[str, str] = {}
+
+        def reopen() -> None:
+            self._client.update_run(run_id, status="RUNNING")
+            before.update(self._client.get_run(run_id).data.params)
+
+        self._try(1, reopen)
+        changed = {key: value for key, value in given.items() if before.get(key, value) != value}
+        self._params(run_id, {key: value for key, value in given.items() if key not in changed})
+        tags = {**record["tags"], **{f"hiertune.now/{key}": value for key, value in changed.items()}}
+        self._tags(run_id, {**tags, "hiertune.state": "running"})
+
+    def log(self, trial: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Metrics of one run. Stores bend NaN and infinity, each in its own way, so those are tags."""
+        metrics: list[Metric] = []
+        odd: dict[str, str] = {}
+        for record in records:
+            for name, value in record["metrics"].items():
+                if math.isfinite(value):
+                    metrics.append(Metric(clean_name(name), value, record["t"], record["step"]))
+                else:
+                    odd[f"hiertune.nonfinite/{name}"] = f"{value} at step {record['step']}"
+            run_id = self._run(trial, record["t"])
+        for batch in batches(metrics, MOST_METRICS, lambda metric: 6 * len(metric.key) + 100):
+            self._try(len(batch), self._client.log_batch, run_id, batch)
+        if odd:
+            self._tags(run_id, odd)
+
+    def end(self, trial: str, record: Mapping[str, Any]) -> None:
+        run_id = self._run(trial, record["t"])
+        self._tags(run_id, {**record["tags"], "hiertune.state": record["state"]})
+        self._try(1, self._client.set_terminated, run_id, STATUS[record["state"]], record["t"])
+
+    def artifact(self, trial: str, record: Mapping[str, Any]) -> None:
+        """A file that can't be stored must not hold up what comes after it."""
+        run_id = self._run(trial, record["t"])
+        path = self._run_dir / record["path"]
+        try:
+            self._try(1, self._client.log_artifact, run_id, str(path), record["artifact_path"])
+        except (MlflowException, *Unreachable):
+            raise
+        except Exception as error:  # noqa: BLE001 (each kind of file store raises its own library's errors)
+            self._refuse(1, f"{path}: {error!r}")
+
+    def _run(self, trial: str, started: int) -> str:
+        """Run id of a trial: as noted, else found by its tags, else of a new run."""
+        if trial not in self.runs:
+            tags = {
+                "hiertune.kind": "trial" if trial else "search",
+                "hiertune.search": self._header["search"],
+                "hiertune.uid": self._header["uid"],  # a name can be used again once its folder is deleted
+            }
+            if trial:
+                tags["hiertune.trial"] = trial
+            query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+            found = self._client.search_runs([self._experiment], query, max_results=1)
+            self.runs[trial] = found[0].info.run_id if found else self._create(trial, started, tags)
+        return self.runs[trial]
+
+    def _create(self, trial: str, started: int, tags: Mapping[str, str]) -> str:
+        name = f"trial-{int(trial):03d}" if trial else self._header["search"]
+        if trial:
+            tags = {**tags, "mlflow.parentRunId": self._run("", started)}
+        run = self._client.create_run(self._experiment, start_time=started, tags=dict(tags), run_name=name)
+        return run.info.run_id
+
+    def _params(self, run_id: str, params: Mapping[str, str]) -> None:
+        for batch in batches((Param(*item) for item in params.items()), MOST_VALUES, json_size):
+            self._try(len(batch), self._client.log_batch, run_id, (), batch)
+
+    def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        labels = [RunTag(clean_name(key), text(value, LONGEST_TAG)) for key, value in tags.items()]
+        for batch in batches(labels, MOST_VALUES, json_size):
+            self._try(len(batch), self._client.log_batch, run_id, (), (), batch)
+
+    def _try(self, values: int, call: Callable[..., object], *arguments: object) -> None:
+        try:
+            call(*arguments)
+        except MlflowException as error:
+            if error.error_code not in FINAL:
+                raise
+            self._refuse(values, error.message)
+
+    def _refuse(self, values: int, why: str) -> None:
+        self.refused += values
+        self.refusal = f"refused for good: {' '.join(why.split())[:300]}"
+        print(self.refusal, file=sys.stderr)
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line for the terminal; MLflow's own text for an unreachable server takes ten."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Unreachable):
+            return f"{display_uri(uri)} can't be reached"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).replace(uri, display_uri(uri)).split())[:300]
