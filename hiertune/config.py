@@ -354,7 +354,8 @@ class SearchSection(Config):
     workers_per_trial: PositiveInt = 1
     """DDP processes that train one trial."""
     cpus_per_worker: Positive = 1.0
-    gpus_per_worker: NonNegative = 0.0
+    gpus_per_worker: NonNegative | None = None
+    """By default 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many worker groups as the cluster can hold."""
     refit: bool = True

@@ -1,0 +1,242 @@
+"""The command line. Commands only read their options and call; what takes time to import comes late.
+
+Exit codes: 0 done, 1 the search failed, 2 bad input and nothing started, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hiertune.errors import InputError
+
+app = typer.Typer(
+    name="hiertune",
+    help="Search the settings of hierarchical classifiers, and prove which settings win.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder per search.")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; the process ends with one of the exit codes above."""
+    errors = Console(stderr=True)
+    try:
+        app(args=argv)
+    except InputError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def search(
+    space: Annotated[Path, typer.Argument(help="The space file (YAML).")],
+    runs: Runs = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the search, instead of the file's.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the file's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of that name.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the space; start nothing.")
+    ] = False,
+) -> None:
+    """Search a space: train many settings, prove which win, keep the best model."""
+    from hiertune.search.plan import plan_search
+
+    plan = plan_search(space, runs, name=name, trials=trials, resume=resume)
+    console = Console()
+    if dry_run:
+        from hiertune.search.results import print_plan
+
+        print_plan(console, plan)
+        return
+    with console.status("loading Ray, Tune and Optuna"):
+        from hiertune.search.driver import SearchFailed, SearchInterrupted, run_search
+    try:
+        run_search(plan, console)
+    except SearchFailed as error:
+        Console(stderr=True).print(
+            f"[bold red]the search failed:[/] {escape(str(error))}\n  see {plan.folder.log}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)
+    except (SearchInterrupted, KeyboardInterrupt):
+        again = _again(space, runs, name, trials)
+        console.print(f"interrupted; go on with:\n  {escape(again)}", highlight=False, soft_wrap=True)
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A config without distributions, such as a best.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its metrics.")] = Path("model"),
+    refit: Annotated[bool, typer.Option(help="Train on train + validation and read the test split.")] = False,
+) -> None:
+    """Train one config in this process, without Ray; resumes from its checkpoint if interrupted."""
+    from hiertune.standalone import train_config
+
+    train_config(config, out, refit=refit, console=Console())
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder, such as runs/NAME/model.")],
+    inputs: Annotated[Path, typer.Argument(help=".h5, .fasta[.gz], .npy or .csv")],
+    out: Annotated[Path | None, typer.Option(help="CSV file; by default the terminal.")] = None,
+) -> None:
+    """Name every row of a file at every level."""
+    from hiertune.export import predict_file
+
+    predict_file(model, inputs, out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Copy the winner's model out of a search."""
+    from hiertune.export import export_winner
+
+    export_winner(run, out)
+    Console().print(f"the winner of {run} is in {out}", highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")]) -> None:
+    """Write report.html of a finished or running search."""
+    from hiertune.report import write_report
+
+    Console().print(f"wrote {write_report(run)}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of space files, for editors that complete and check YAML."""
+    from hiertune.space import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def sync(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")]) -> None:
+    """Deliver to MLflow what a search could not deliver."""
+    from hiertune.tracking import sync as deliver
+
+    delivery = deliver(run)
+    Console().print(f"{delivery.delivered} of {delivery.total} points delivered", highlight=False)
+    if delivery.error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(delivery.error)}", highlight=False)
+        sys.exit(1)
+
+
+@data_app.command()
+def describe(
+    file: Annotated[str, typer.Argument(help="An HDF5 file, or builtin:NAME.")],
+    kmer: Annotated[int, typer.Option(help="Word length, for built-in sequences.")] = 6,
+) -> None:
+    """Show what is in a data set."""
+    from hiertune.config import DataConfig, KmerConfig
+    from hiertune.data import describe as describe_data
+    from hiertune.data import open_dataset
+
+    Console().print(describe_data(open_dataset(DataConfig(path=file, kmer=KmerConfig(k=kmer)), Path.cwd())))
+
+
+Levels = Annotated[str, typer.Option(help="Names of the levels, coarse to fine, separated by commas.")]
+Unknown = Annotated[
+    list[str] | None, typer.Option(help="A further name that means 'unknown'; may be repeated.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+@data_app.command("import-fasta")
+def import_fasta_command(
+    fasta: Annotated[Path, typer.Argument(help="FASTA, plain or gzip, with headers '>ID<TAB>a;b;c'.")],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to make.")],
+    levels: Levels,
+    kmer: Annotated[int, typer.Option(min=1, max=8, help="Word length.")] = 6,
+    transform: Annotated[str, typer.Option(help="counts, frequency, sqrt or presence.")] = "sqrt",
+    separator: Annotated[str, typer.Option(help="Between the ranks of a lineage.")] = ";",
+    unknown: Unknown = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set of k-mer features from sequences with lineages."""
+    from hiertune.data import describe as describe_data
+    from hiertune.data import import_fasta
+
+    import_fasta(
+        fasta,
+        out,
+        _names(levels),
+        k=kmer,
+        transform=transform,
+        separator=separator,
+        unknown=unknown or (),
+        overwrite=overwrite,
+    )
+    Console().print(describe_data(out))
+
+
+@data_app.command("import-table")
+def import_table_command(
+    table: Annotated[Path, typer.Argument(help="CSV, TSV or Parquet, with a header.")],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to make.")],
+    labels: Annotated[str, typer.Option(help="Label columns, coarse to fine, separated by commas.")],
+    features: Annotated[
+        str | None, typer.Option(help="Feature columns; by default all others that hold numbers.")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="Column of the ids.")] = None,
+    split_column: Annotated[
+        str | None, typer.Option("--split", help="Column with train, val or test.")
+    ] = None,
+    unknown: Unknown = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set from a table of features and labels."""
+    from hiertune.data import describe as describe_data
+    from hiertune.data import import_table
+
+    import_table(
+        table,
+        out,
+        _names(labels),
+        features=None if features is None else _names(features),
+        id_column=id_column,
+        split_column=split_column,
+        unknown=unknown or (),
+        overwrite=overwrite,
+    )
+    Console().print(describe_data(out))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _again(space: Path, runs: Path, name: str | None, trials: int | None) -> str:
+    """The command that goes on with this search."""
+    words = [os.path.basename(sys.argv[0]), "search", str(space), "--resume"]
+    if sys.argv[0].endswith(".py"):
+        words[:2] = ["python", "-m", "hiertune.search"]
+    if runs != Path("runs"):
+        words += ["--runs", str(runs)]
+    if name is not None:
+        words += ["--name", name]
+    if trials is not None:
+        words += ["--trials", str(trials)]
+    return shlex.join(words)

@@ -1,0 +1,114 @@
+"""The search in the terminal while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from hiertune.config import TrialConfig
+from hiertune.search.ledger import Mode, TrialRecord
+
+_MARKS = {"completed": "[green]✔[/]", "pruned": "[yellow]◦[/]", "failed": "[red]✘[/]"}
+
+
+class Display:
+    """Listener that shows progress. In a terminal one live block; elsewhere a line per trial."""
+
+    def __init__(
+        self, console: Console, total: int, metric: str, mode: Mode, footer: Callable[[], str]
+    ) -> None:
+        self._console = console
+        self._metric = metric
+        self._mode = mode
+        self._footer = footer
+        self._running: dict[int, tuple[int, int, float | None, float]] = {}
+        self._best: TrialRecord | None = None
+        self._last: list[str] = []
+        self._status = "starting worker groups"
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("trials", total=total)
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, status: str) -> None:
+        """What goes on, where no trial shows it."""
+        self._status = status
+        if not self._console.is_terminal:
+            self._console.print(f"[dim]{escape(status)}[/]", highlight=False)
+
+    def resumed(self, records: list[TrialRecord]) -> None:
+        """Trials that ended before this run of the search."""
+        for record in records:
+            self._count(record)
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None:
+        self._running[number] = (0, config.train.epochs, None, time.monotonic())
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
+        _, epochs, _, begun = self._running[number]
+        self._running[number] = (epoch, epochs, metrics[self._metric], begun)
+        self._status = ""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        self._running.pop(record.number, None)
+        self._count(record)
+        best = self._best is not None and self._best.number == record.number
+        value = "" if record.value is None else f"{record.value:.4f}"
+        line = (
+            f"{_MARKS[record.state]} trial {record.number:>3}  {value:<7} "
+            f"{record.epochs:>3} epochs {record.seconds:6.1f} s  "
+            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}"
+        )
+        if self._console.is_terminal:
+            self._last = [*self._last, line][-6:]
+        else:
+            self._console.print(line, highlight=False)
+
+    def _count(self, record: TrialRecord) -> None:
+        self._bar.advance(self._task)
+        if record.state == "completed":
+            known = [record] if self._best is None else [self._best, record]
+            self._best = min(known, key=lambda each: each.rank(self._mode))
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = [self._bar]
+        if self._best is not None:
+            parts.append(
+                Text.from_markup(
+                    f"best   [bold]{self._best.value:.4f}[/] {escape(self._metric)} "
+                    f"(trial {self._best.number})"
+                )
+            )
+        parts += [Text.from_markup(line) for line in self._last]
+        for number, (epoch, epochs, value, begun) in sorted(self._running.items()):
+            shown = "" if value is None else f"{value:.4f}"
+            parts.append(
+                Text.from_markup(
+                    f"[cyan]▸[/] trial {number:>3}  {shown:<7} {epoch:>3}/{epochs} epochs "
+                    f"{time.monotonic() - begun:6.1f} s"
+                )
+            )
+        if self._status:
+            parts.append(Text(self._status, style="dim"))
+        parts.append(Text(self._footer(), style="dim"))
+        return Group(*parts)

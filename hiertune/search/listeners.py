@@ -1,0 +1,103 @@
+"""What hears of trials as they happen: tracking, the curves file, and (in display.py) the terminal."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from hiertune.config import TrialConfig
+from hiertune.search.ledger import TrialRecord
+from hiertune.search.outputs import RunFolder
+from hiertune.space import flatten
+from hiertune.tracking import Tracker
+
+
+class Listener(Protocol):
+    """Whoever wants to hear of trials. Called on Tune's loop: be quick."""
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None: ...
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None: ...
+
+    def trial_ended(self, record: TrialRecord) -> None: ...
+
+
+class Listeners:
+    """Several listeners as one."""
+
+    def __init__(self, listeners: list[Listener]) -> None:
+        self._listeners = listeners
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None:
+        for listener in self._listeners:
+            listener.trial_started(number, config, params)
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
+        for listener in self._listeners:
+            listener.trial_reported(number, epoch, metrics)
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        for listener in self._listeners:
+            listener.trial_ended(record)
+
+
+class TrackingListener:
+    """Passes what happens to trials on to MLflow's spool."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None:
+        self._tracker.trial_started(number, flatten(config))
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
+        self._tracker.log(number, epoch, metrics)
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        self._tracker.trial_ended(record.number, record.state, record.reason)
+
+
+class Curves:
+    """Listener: every epoch's metrics of every trial as rows of `curves.csv`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if not path.exists():
+            self._append([("trial", "epoch", "metric", "value")])
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None: ...
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
+        self._append([(number, epoch, name, value) for name, value in metrics.items()])
+
+    def trial_ended(self, record: TrialRecord) -> None: ...
+
+    def _append(self, rows: list[tuple]) -> None:
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+
+class Checkpoints:
+    """Removes the checkpoints of trials that have ended.
+
+    A trial's own end is too early: its workers may still be writing. So its folder goes with the end
+    of the next one, and the last one's with the search.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._ended: list[int] = []
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None: ...
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None: ...
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        self.sweep()
+        self._ended.append(record.number)
+
+    def sweep(self) -> None:
+        while self._ended:
+            shutil.rmtree(self._folder.trial(self._ended.pop()), ignore_errors=True)

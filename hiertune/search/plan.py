@@ -1,0 +1,135 @@
+"""What a search is asked to do, checked whole before anything starts. Imports no Ray."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hiertune.check import check_with_data
+from hiertune.config import GridConfig, SearchConfig, TrialConfig
+from hiertune.data import SPLITS, HierarchicalDataset, open_dataset
+from hiertune.errors import InputError
+from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
+from hiertune.search.outputs import RunFolder
+from hiertune.space import Space, load_space
+from hiertune.tracking import check_uri, resolve_uri
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search, ready to run."""
+
+    space: Space
+    config: SearchConfig
+    data: HierarchicalDataset
+    folder: RunFolder
+    trials: int
+    """How many trials the search shall have in all, those of earlier runs included."""
+    tracking_uri: str
+    resume: bool
+
+    @property
+    def folder_of_space(self) -> Path:
+        assert self.space.file is not None
+        return self.space.file.parent
+
+    @property
+    def max_epochs(self) -> int:
+        """The most that a trial may train."""
+        return max(corner.config.train.epochs for corner in self.space.corners())
+
+    @property
+    def metric(self) -> str:
+        return self.config.search.objective.metric or f"val/accuracy/{self.data.taxonomy.levels[-1]}"
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        return self.config.search.objective.mode
+
+    @property
+    def fit_on(self) -> tuple[str, ...]:
+        """The splits on which the winner is trained once more."""
+        return ("train", "val") if self.config.search.refit else ("train",)
+
+    def located(self, config: TrialConfig) -> TrialConfig:
+        """`config` with the data's path made absolute: workers run in other folders."""
+        path = locate(config.data.path, self.folder_of_space)
+        return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+
+
+def locate(path: str, folder: Path) -> str:
+    """A data path of a file in `folder`, made absolute."""
+    return path if path.startswith("builtin:") else str((folder / path).resolve())
+
+
+def plan_search(
+    file: Path, runs: Path, *, name: str | None = None, trials: int | None = None, resume: bool = False
+) -> SearchPlan:
+    """Read and check a space file with all that it refers to.
+
+    Args:
+        file: the space file.
+        runs: folder in which `<name>/` is made.
+        name: instead of the file's own.
+        trials: instead of the file's own; with `resume`, the number to extend to.
+        resume: go on with the search of that name.
+
+    Raises:
+        InputError: for anything that would keep the search from running.
+    """
+    space = load_space(file)
+    config = space.config
+    if name is not None:
+        config = SearchConfig.model_validate({**config.model_dump(), "name": name})
+    folder = RunFolder(runs.resolve() / config.name)
+    if resume:
+        folder.require_existing()
+        _check_same_space(folder.space, space)
+    else:
+        folder.require_new()
+    uri = resolve_uri(config.tracking.uri, runs)
+    if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
+        check_uri(uri)
+    if "RAY_ADDRESS" not in os.environ:
+        nodes = local_nodes()
+        groups_that_fit(GroupShape.of(config.search, nodes), nodes, file=str(file))
+    data = _open_data(space, file.parent)
+    check_with_data(space, data)
+    wanted = trials or config.search.trials
+    if isinstance(config.search.sampler, GridConfig):
+        wanted = int(min(wanted, space.size()))
+    return SearchPlan(space, config, data, folder, wanted, uri, resume)
+
+
+def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
+    """The data of the space's defaults, after every other data section was opened and compared."""
+    first, *others = [open_dataset(config, folder, require=SPLITS) for config in space.data_configs()]
+    for other in others:
+        if not np.array_equal(first.ids, other.ids) or not np.array_equal(first.labels, other.labels):
+            raise InputError(
+                "the data sets of one search must have the same rows, or their trials can't be compared",
+                file=space.file,
+                line=space.line_of("data"),
+                key="data.path",
+                allowed=f"the rows of {first.source}",
+            )
+    return first
+
+
+def _check_same_space(begun: Path, space: Space) -> None:
+    before = load_space(begun)
+    if _searched(before) != _searched(space):
+        raise InputError(
+            f"the space is not the one that this search was begun with ({begun})",
+            file=space.file,
+            allowed="the same space (the `search` and `tracking` sections may differ), or another name",
+        )
+
+
+def _searched(space: Space) -> tuple:
+    """What makes two spaces the same, wherever it stands in their files."""
+    return space.fixed, [(each.name, each.distribution, each.conditions) for each in space.parameters]

@@ -1,0 +1,161 @@
+"""What a search prints before it starts (`--dry-run`) and when it is over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hiertune.search.ledger import Mode, TrialRecord
+from hiertune.search.plan import SearchPlan
+from hiertune.tracking import Delivery, ui_command
+
+_LEADERBOARD_ROWS = 10
+
+
+def delivery_line(delivery: Delivery) -> str:
+    """How far tracking is, for the terminal."""
+    text = f"tracking: {delivery.delivered} of {delivery.total} points delivered"
+    return f"{text} (waiting: {delivery.error})" if delivery.error else text
+
+
+def print_results(
+    console: Console,
+    plan: SearchPlan,
+    records: list[TrialRecord],
+    summary: dict[str, Any],
+) -> None:
+    """The leaderboard, the winner beside its controls, and what to type next."""
+    winner, controls = summary["winner"], summary["controls"]
+    states = ", ".join(f"{count} {state}" for state, count in summary["trials"].items())
+    console.print()
+    console.print(leaderboard(records, plan.metric, plan.mode))
+    console.print()
+    console.print(settings_table(winner["params"]))
+    console.print()
+    rows = {"winner": winner["metrics"], **{label: row["metrics"] for label, row in controls.items()}}
+    console.print(test_table(rows, plan.data.taxonomy.levels))
+    for label, control in controls.items():
+        console.print(_verdict(label, control["against_winner"]), highlight=False)
+    console.print()
+    delivery = Delivery(*(summary["tracking"][name] for name in ("delivered", "total", "error")))
+    console.print(f"{states} in {summary['seconds']:.0f} s; {delivery_line(delivery)}", highlight=False)
+    console.print()
+    for what, command in next_commands(plan).items():
+        console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+
+
+def next_commands(plan: SearchPlan) -> dict[str, str]:
+    """What a user will want to type after a search."""
+    folder = os.path.relpath(plan.folder.root)
+    return {
+        "Compare the runs in MLflow": ui_command(plan.tracking_uri),
+        "Extend the search": f"{_program()} search {plan.space.file} --resume --trials {2 * plan.trials}",
+        "Use the model": f"{_program()} predict {folder}/model INPUT",
+        "Read the report": f"{folder}/report.html",
+    }
+
+
+def _program() -> str:
+    """How this program was called: by its console script, or as a module."""
+    return "hiertune" if shutil.which("hiertune") else f"{os.path.relpath(sys.executable)} -m hiertune"
+
+
+def _verdict(label: str, against: dict[str, Any]) -> str:
+    name = label.replace("_", " ")
+    points = 100 * against["difference"]
+    interval = (
+        f"95% interval {100 * against['low']:+.1f} to {100 * against['high']:+.1f}, n={against['rows']}"
+    )
+    if against["low"] > 0:
+        verdict = "[green]better[/]"
+    elif against["high"] < 0:
+        verdict = "[red]worse[/]"
+    else:
+        verdict = "[yellow]not distinguishable[/]"
+    return f"winner against {name}: {points:+.1f} points ({interval}): {verdict}"
+
+
+def leaderboard(records: list[TrialRecord], metric: str, mode: Mode) -> Table:
+    """The best completed trials, with the settings in which they differ."""
+    completed = [record for record in records if record.state == "completed"]
+    completed = sorted(completed, key=lambda record: record.rank(mode))[:_LEADERBOARD_ROWS]
+    names = sorted({name for record in completed for name in record.params})
+    differing = [name for name in names if len({record.params.get(name) for record in completed}) > 1]
+    table = Table(title=f"Leaderboard by {metric}", title_justify="left", show_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("trial", justify="right")
+    table.add_column("value", justify="right", style="bold")
+    table.add_column("settings that differ", overflow="fold")
+    for rank, record in enumerate(completed, start=1):
+        settings = "  ".join(
+            f"[dim]{escape(_short(name, names))}[/]\N{NO-BREAK SPACE}{escape(_show(record.params[name]))}"
+            for name in differing
+            if name in record.params
+        )
+        table.add_row(str(rank), str(record.number), f"{record.value:.4f}", settings)
+    return table
+
+
+def test_table(rows: dict[str, dict[str, float]], levels: tuple[str, ...]) -> Table:
+    """The winner beside its controls on the test split; one row per metric."""
+    table = Table(title="On the test split, read once", title_justify="left", show_edge=False)
+    table.add_column("metric")
+    for label in rows:
+        table.add_column(escape(label.replace("_", " ")), justify="right")
+    metrics = [f"accuracy_seen/{levels[-1]}", *(f"accuracy/{level}" for level in reversed(levels))]
+    for metric in [*metrics, "chain_accuracy", "hierarchical_distance"]:
+        values = [row.get(f"test/{metric}") for row in rows.values()]
+        table.add_row(escape(metric), *("–" if value is None else f"{value:.4f}" for value in values))
+    return table
+
+
+def settings_table(params: dict[str, Any]) -> Table:
+    table = Table(title="The winner's settings", title_justify="left", show_edge=False, show_header=False)
+    for name, value in sorted(params.items()):
+        table.add_row(escape(name), escape(_show(value)))
+    return table
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(name: str, others: list[str]) -> str:
+    """The last part of a key path, or as many as tell it apart."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        tail = ".".join(parts[-length:])
+        if sum(other.split(".")[-length:] == parts[-length:] for other in others) == 1:
+            return tail
+    return name
+
+
+def print_plan(console: Console, plan: SearchPlan) -> None:
+    """What a search would do: its parameters and the first question of every user, how many there are."""
+    table = Table(title=f"The space of {plan.space.file}", title_justify="left", show_edge=False)
+    for heading in ("parameter", "distribution", "only when", "line"):
+        table.add_column(heading, overflow="fold")
+    for parameter in plan.space.parameters:
+        table.add_row(
+            *map(
+                escape,
+                (parameter.name, str(parameter.distribution), parameter.condition, str(parameter.line)),
+            )
+        )
+    console.print(table)
+    size = plan.space.size()
+    configs = "without end" if size == float("inf") else f"{size:,.0f}"
+    search = plan.config.search
+    console.print(
+        f"\n{configs} different configs; {plan.trials} trials of up to {plan.max_epochs} epochs with "
+        f"{search.workers_per_trial} workers each\n"
+        f"{plan.mode} {escape(plan.metric)}; sampler {search.sampler.kind}, "
+        f"scheduler {search.scheduler.kind}; tracking to {escape(plan.tracking_uri)}",
+        highlight=False,
+    )

@@ -1,0 +1,61 @@
+"""A trial as Ray Tune sees it: a light actor that submits a job and passes its epochs on."""
+
+from __future__ import annotations
+
+import ray
+from ray import tune
+
+from hiertune.search.messages import Failed, Finished, Job, Reported
+
+
+class TrialActor(tune.Trainable):
+    """One epoch of the job per `step`. Holds no resources: the worker groups hold them.
+
+    A failure of the trial itself is a *result* (`state: failed`), not an exception: an exception
+    would make Tune drop this actor and hide the reason from the ledger.
+    """
+
+    def setup(self, config: dict) -> None:
+        self._begin(config)
+
+    def reset_config(self, new_config: dict) -> bool:
+        ray.get(self._broker.stop.remote(self._job.id))
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict:
+        event = ray.get(self._broker.advance.remote(self._job.id))
+        match event:
+            case Reported(result):
+                # Of a trial that resumes, Tune sees the epoch it is really at.
+                self._iteration = result.epoch - 1
+                return {
+                    **result.metrics,
+                    "state": "completed" if result.last else "running",
+                    "epoch_seconds": result.seconds,
+                    "steps": result.steps,
+                    "done": result.last,
+                }
+            case Failed(reason):
+                return {"state": "failed", "reason": reason, "done": True}
+            case Finished():
+                # Only reached when a resumed checkpoint was already complete.
+                return {**event.outcome.metrics, "state": "completed", "done": True}
+        raise AssertionError(event)
+
+    def cleanup(self) -> None:
+        ray.get(self._broker.stop.remote(self._job.id))
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict:
+        """Tune pauses the trial (Hyperband): the job ends after its epoch and keeps its own checkpoint."""
+        ray.get(self._broker.stop.remote(self._job.id))
+        return {"epoch": self.iteration}
+
+    def load_checkpoint(self, checkpoint: dict | None) -> None:
+        """The job resumes from its own checkpoint when it is submitted again."""
+        ray.get(self._broker.submit.remote(self._job))
+
+    def _begin(self, config: dict) -> None:
+        self._broker = ray.get_actor(config["broker"])
+        self._job: Job = config["job"]
+        ray.get(self._broker.submit.remote(self._job))

@@ -1,0 +1,125 @@
+"""The winner, trained once more and measured on the test split, beside controls treated the same way."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from hiertune.config import CrossEntropyConfig, EqualConfig, LinearHeadConfig, TrialConfig
+from hiertune.data import HierarchicalDataset
+from hiertune.data.nearest import nearest_neighbour_predictions
+from hiertune.export import load_model
+from hiertune.metrics.predictions import prediction_metrics
+from hiertune.search.messages import Failed, Finished, Job
+from hiertune.search.pool import WorkerPool
+from hiertune.space import Space
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method on the test split."""
+
+    label: str
+    metrics: dict[str, float]
+    predictions: np.ndarray
+    """int64 [test rows, L]"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Winner against one control on the test rows whose finest class has training examples."""
+
+    rows: int
+    difference: float
+    """Accuracy of the winner minus the control's."""
+    low: float
+    high: float
+    """95% interval of the difference, paired by row (normal approximation)."""
+    p_value: float
+    """Exact McNemar test: how often equal methods would differ this much."""
+
+
+def flat_control(space: Space) -> TrialConfig:
+    """The space's plain defaults, without hierarchy: independent linear heads, plain cross-entropy."""
+    defaults = space.defaults()
+    model = defaults.model.model_copy(update={"head": LinearHeadConfig()})
+    return defaults.model_copy(
+        update={"model": model, "loss": CrossEntropyConfig(), "weighting": EqualConfig()}
+    )
+
+
+def measure(
+    pool: WorkerPool,
+    data: HierarchicalDataset,
+    configs: dict[str, TrialConfig],
+    folders: dict[str, Path],
+    fit_on: tuple[str, ...],
+    nearest: bool,
+) -> dict[str, Contender]:
+    """Train every config on `fit_on` and read the test split; plus the nearest neighbour, if asked.
+
+    Raises RuntimeError with the reason when a training fails.
+    """
+    jobs = {
+        label: Job(
+            label, config, str(folders[label]), fit_on=fit_on, validate_on=(), test_on=("test",), export=True
+        )
+        for label, config in configs.items()
+    }
+    threads = ThreadPoolExecutor(max_workers=len(jobs) + 1)
+    try:
+        endings = {label: threads.submit(pool.run, job) for label, job in jobs.items()}
+        neighbour = threads.submit(_nearest_neighbour, data, fit_on) if nearest else None
+        contenders = {
+            label: _contender(label, folders[label], future.result(), data)
+            for label, future in endings.items()
+        }
+        if neighbour is not None:
+            contenders["nearest_neighbour"] = neighbour.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a training
+    return contenders
+
+
+def compare(
+    winner: Contender, control: Contender, data: HierarchicalDataset, fit_on: tuple[str, ...]
+) -> Comparison:
+    """Paired by test row, at the finest level."""
+    truth = data.labels[data.rows("test"), -1]
+    seen = np.unique(data.labels[data.rows(*fit_on), -1])
+    kept = (truth >= 0) & np.isin(truth, seen)
+    right = winner.predictions[kept, -1] == truth[kept]
+    control_right = control.predictions[kept, -1] == truth[kept]
+    difference = right.astype(float) - control_right
+    spread = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
+    gained, lost = int((right & ~control_right).sum()), int((~right & control_right).sum())
+    p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    mean = float(difference.mean())
+    return Comparison(len(difference), mean, mean - float(spread), mean + float(spread), float(p_value))
+
+
+def is_features(data: HierarchicalDataset) -> bool:
+    return len(data.inputs.shape) == 2
+
+
+def _nearest_neighbour(data: HierarchicalDataset, fit_on: tuple[str, ...]) -> Contender:
+    train, test = data.rows(*fit_on), data.rows("test")
+    predictions = nearest_neighbour_predictions(
+        data.inputs.rows(train), data.labels[train], data.inputs.rows(test)
+    )
+    metrics = prediction_metrics(
+        predictions, data.labels[test], data.taxonomy, data.labels[train], prefix="test"
+    )
+    return Contender("nearest_neighbour", metrics, predictions)
+
+
+def _contender(label: str, folder: Path, ending: Finished | Failed, data: HierarchicalDataset) -> Contender:
+    if isinstance(ending, Failed):
+        raise RuntimeError(f"training of {label} failed: {ending.reason}")
+    metrics = {name: value for name, value in ending.outcome.metrics.items() if name.startswith("test/")}
+    prediction = load_model(folder / "model").predict(data.inputs.rows(data.rows("test")))
+    return Contender(label, metrics, prediction.labels)

@@ -1,0 +1,61 @@
+"""`hiertune train`: one config, trained in this process without Ray or MLflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hiertune.check import check_with_data
+from hiertune.data import open_dataset
+from hiertune.errors import InputError
+from hiertune.export import save_model
+from hiertune.space import load_config
+from hiertune.train import Decision, EpochResult, TrialOutcome, run_trial
+
+
+def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> TrialOutcome:
+    """Train the config in `file`; `out` gets the model, `metrics.json`, and a checkpoint on the way.
+
+    `refit` trains on train + validation and measures the test split, else validation is measured
+    every epoch. An interrupted training goes on from its checkpoint. Raises InputError, also when
+    `out` holds a trained model already.
+    """
+    config = load_config(file)
+    if (out / "metrics.json").exists():
+        raise InputError(f"there is a trained model in {out} already", allowed="another --out")
+    data = open_dataset(config.data, file.parent)
+    check_with_data(config, data)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("epochs", total=config.train.epochs)
+
+        def report(result: EpochResult) -> Decision:
+            bar.update(task, completed=result.epoch)
+            finest = f"val/accuracy/{data.levels[-1]}"
+            shown = {name: result.metrics.get(name) for name in ("train/loss", "val/loss", finest)}
+            text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
+            console.print(f"epoch {result.epoch:>3}  {text}", highlight=False)
+            return Decision.CONTINUE
+
+        outcome = run_trial(
+            config,
+            data,
+            report,
+            fit_on=("train", "val") if refit else ("train",),
+            validate_on=() if refit else ("val",),
+            test_on=("test",) if refit else (),
+            checkpoint=out / "checkpoint",
+            finish=lambda model: save_model(out / "model", model, config, data, outcome_metrics=None),
+        )
+    (out / "metrics.json").write_text(json.dumps(outcome.metrics, indent=2) + "\n", encoding="utf-8")
+    console.print(f"the model is in {out / 'model'}, its metrics in {out / 'metrics.json'}", highlight=False)
+    return outcome

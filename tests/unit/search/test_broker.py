@@ -1,0 +1,262 @@
+"""The broker is plain asyncio: here the trial actor and the workers are coroutines of one process."""
+
+import asyncio
+
+import pytest
+
+from hiertune.config import DataConfig, TrialConfig
+from hiertune.search.broker import Broker, StaleGeneration
+from hiertune.search.messages import Failed, Finished, Job, Reported
+from hiertune.train.result import Decision, EpochResult, TrialOutcome
+
+CONFIG = TrialConfig(data=DataConfig(path="none.h5"))
+
+
+def job(name: str, max_failures: int = 3) -> Job:
+    return Job(name, CONFIG, "/nowhere", max_failures=max_failures)
+
+
+def epoch(number: int, last: bool = False) -> EpochResult:
+    return EpochResult(number, {"val/loss": 1.0 / number}, 0.1, number, last)
+
+
+OUTCOME = TrialOutcome(epochs=2, stopped=False, metrics={})
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def run(scenario) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), timeout=10))
+
+
+def test_every_rank_gets_the_same_jobs_in_the_order_of_submission():
+    async def scenario():
+        broker = Broker()
+        for _rank in range(2):
+            await broker.open_generation("g", "a")
+        await broker.submit(job("first"))
+        await broker.submit(job("second"))
+        late = asyncio.create_task(broker.take("g", "a", 1, 0))
+        taken = [await broker.take("g", "a", 0, 0), await late]
+        assert [given.id for given in taken] == ["first", "first"]
+        await broker.finish("g", "a", 0, OUTCOME)
+        taken = await asyncio.gather(broker.take("g", "a", 1, 1), broker.take("g", "a", 0, 1))
+        assert [given.id for given in taken] == ["second", "second"]
+        assert await broker.generation_count() == 1
+
+    run(scenario)
+
+
+def test_workers_wait_for_the_decision_and_all_ranks_get_it():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        reports = [asyncio.create_task(broker.report("g", "a", rank, 0, epoch(1))) for rank in (1, 0)]
+        assert await broker.advance("t") == Reported(epoch(1))
+        await settle()
+        assert not any(report.done() for report in reports)
+        follow = asyncio.create_task(broker.advance("t"))
+        assert await asyncio.gather(*reports) == [Decision.CONTINUE] * 2
+        reports = [asyncio.create_task(broker.report("g", "a", rank, 0, epoch(2))) for rank in (0, 1)]
+        assert await follow == Reported(epoch(2))
+        await broker.stop("t")
+        assert await asyncio.gather(*reports) == [Decision.STOP] * 2
+
+    run(scenario)
+
+
+def test_the_last_epoch_needs_no_decision():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        assert await broker.report("g", "a", 0, 0, epoch(1, last=True)) is Decision.CONTINUE
+        await broker.finish("g", "a", 0, OUTCOME)
+        # The other rank is a little behind: the job has ended, its question still gets an answer.
+        assert await broker.report("g", "a", 1, 0, epoch(1, last=True)) is Decision.CONTINUE
+        assert await broker.advance("t") == Reported(epoch(1, last=True))
+        assert await broker.advance("t") == Finished(OUTCOME)
+
+    run(scenario)
+
+
+def test_a_restarted_group_takes_its_job_up_again_and_repeated_epochs_are_not_delivered():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "old")
+        await broker.submit(job("t"))
+        await broker.take("g", "old", 0, 0)
+        for number in (1, 2):
+            report = asyncio.create_task(broker.report("g", "old", 0, 0, epoch(number)))
+            assert await broker.advance("t") == Reported(epoch(number))
+        follow = asyncio.create_task(broker.advance("t"))
+        await report
+
+        await broker.open_generation("g", "new")
+        with pytest.raises(StaleGeneration):
+            await broker.report("g", "old", 0, 0, epoch(3))
+        assert (await broker.take("g", "new", 0, 0)).id == "t"
+        # Its checkpoint was of epoch 1, so epoch 2 is trained and reported again.
+        assert await broker.report("g", "new", 0, 0, epoch(2)) is Decision.CONTINUE
+        await settle()
+        assert not follow.done()
+        third = asyncio.create_task(broker.report("g", "new", 0, 0, epoch(3)))
+        assert await follow == Reported(epoch(3))
+        third.cancel()
+
+    run(scenario)
+
+
+def test_a_waiter_of_a_dead_generation_does_not_swallow_a_job():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "old")
+        dead = asyncio.create_task(broker.take("g", "old", 0, 0))
+        await settle()
+        await broker.open_generation("g", "new")
+        alive = asyncio.create_task(broker.take("g", "new", 0, 0))
+        await settle()
+        await broker.submit(job("t"))
+        assert (await alive).id == "t"
+        with pytest.raises(StaleGeneration):
+            await dead
+
+    run(scenario)
+
+
+def test_another_idle_group_takes_up_a_lost_job():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.open_generation("h", "b")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        idle = asyncio.create_task(broker.take("h", "b", 0, 0))
+        await broker.lost("g")
+        assert (await idle).id == "t"
+
+    run(scenario)
+
+
+def test_a_job_that_keeps_losing_its_workers_fails():
+    async def scenario():
+        broker = Broker()
+        await broker.submit(job("t", max_failures=1))
+        for token in ("a", "b", "c"):
+            await broker.open_generation("g", token)
+            if token != "c":
+                await broker.take("g", token, 0, 0)
+        assert await broker.advance("t") == Failed("lost its workers 2 times")
+
+    run(scenario)
+
+
+def test_a_failure_of_any_rank_ends_the_job_once():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        await broker.fail("g", "a", 0, "first")
+        await broker.fail("g", "a", 0, "second")
+        assert await broker.advance("t") == Failed("first")
+        await broker.open_generation("g", "b")  # the group falls; the failed job is not tried again
+        await broker.submit(job("next"))
+        assert (await broker.take("g", "b", 0, 0)).id == "next"
+
+    run(scenario)
+
+
+def test_submitting_a_live_job_again_follows_it():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        await broker.finish("g", "a", 0, OUTCOME)
+        assert await broker.advance("t") == Finished(OUTCOME)
+        nothing = asyncio.create_task(broker.take("g", "a", 0, 1))
+        await settle()
+        assert not nothing.done()
+        nothing.cancel()
+
+    run(scenario)
+
+
+def test_a_paused_job_is_submitted_again_only_when_its_workers_have_let_go():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        report = asyncio.create_task(broker.report("g", "a", 0, 0, epoch(1)))
+        await broker.advance("t")
+        await broker.stop("t")
+        again = asyncio.create_task(broker.submit(job("t")))
+        await settle()
+        assert await report is Decision.STOP
+        assert not again.done()
+        await broker.finish("g", "a", 0, OUTCOME)
+        await again
+        assert (await broker.take("g", "a", 0, 1)).id == "t"
+
+    run(scenario)
+
+
+def test_a_stopped_job_that_waits_is_never_taken():
+    async def scenario():
+        broker = Broker()
+        await broker.submit(job("t"))
+        await broker.submit(job("u"))
+        await broker.stop("t")
+        await broker.open_generation("g", "a")
+        assert (await broker.take("g", "a", 0, 0)).id == "u"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("recycle_after", [1, 2])
+def test_a_generation_goes_home_after_its_share_of_jobs(recycle_after):
+    async def scenario():
+        broker = Broker(recycle_after)
+        await broker.open_generation("g", "a")
+        for number in range(3):
+            await broker.submit(job(f"t{number}"))
+        for number in range(recycle_after):
+            assert (await broker.take("g", "a", 0, number)).id == f"t{number}"
+            await broker.finish("g", "a", number, OUTCOME)
+        assert await broker.take("g", "a", 0, recycle_after) is None
+        assert await broker.take("g", "a", 1, recycle_after) is None
+
+    run(scenario)
+
+
+def test_closing_sends_idle_workers_home_after_the_last_job():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        waiting = [asyncio.create_task(broker.take("g", "a", rank, 0)) for rank in (0, 1)]
+        await settle()
+        await broker.close()
+        assert await asyncio.gather(*waiting) == [None, None]
+
+    run(scenario)
+
+
+def test_when_workers_cannot_start_every_job_fails_with_the_cause():
+    async def scenario():
+        broker = Broker()
+        await broker.submit(job("before"))
+        await broker.abort("no module")
+        await broker.submit(job("after"))
+        assert await broker.advance("before") == Failed("no module")
+        assert await broker.advance("after") == Failed("no module")
+
+    run(scenario)
