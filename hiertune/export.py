@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -31,6 +31,9 @@ from hiertune.config import DataConfig, KmerConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.models import HierarchicalClassifier, build_model
 from hiertune.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hiertune.data import HierarchicalDataset
 
 WEIGHTS, DESCRIPTION, README = "model.safetensors", "model.json", "README.md"
 _FORMAT, _VERSION = "hiertune.model", 1
@@ -76,6 +79,14 @@ def save_model(
     _replace(folder / README, _readme(description).encode())
     _replace(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
     return folder
+
+
+def save_trained(
+    folder: str | Path, model: torch.nn.Module, config: TrialConfig, data: HierarchicalDataset
+) -> None:
+    """`save_model` for a model that was trained on `data`."""
+    kmer = config.data.kmer if config.data.path.startswith("builtin:") else None
+    save_model(folder, model, config, data.taxonomy, None, tuple(data.inputs.shape[1:]), kmer)
 
 
 def export_winner(run_dir: str | Path, out: str | Path) -> Path:
@@ -151,7 +162,7 @@ class Prediction:
 
     @cached_property
     def paths(self) -> np.ndarray:
-        """int64 [N, L]: the finest level's class and its ancestors; -1 where the taxonomy knows none."""
+        """int64 [N, L]: the finest level's class and its ancestors; -1 from an unknown rank upwards."""
         return self.taxonomy.ancestors(-1)[self.labels[:, -1]]
 
     @property
@@ -162,7 +173,7 @@ class Prediction:
 
     @property
     def path_names(self) -> list[tuple[str | None, ...]]:
-        """Per row, the names along `paths`."""
+        """Per row, the whole path of the finest level's class; None only at its unknown ranks."""
         return [self.taxonomy.path(-1, index) for index in self.labels[:, -1]]
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hiertune.check import check_with_data
 from hiertune.data import open_dataset
 from hiertune.errors import InputError
-from hiertune.export import save_model
+from hiertune.export import save_trained
 from hiertune.space import load_config
 from hiertune.train import Decision, EpochResult, TrialOutcome, run_trial
 
@@ -54,7 +54,7 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
             validate_on=() if refit else ("val",),
             test_on=("test",) if refit else (),
             checkpoint=out / "checkpoint",
-            finish=lambda model: save_model(out / "model", model, config, data, outcome_metrics=None),
+            finish=lambda model: save_trained(out / "model", model, config, data),
         )
     (out / "metrics.json").write_text(json.dumps(outcome.metrics, indent=2) + "\n", encoding="utf-8")
     console.print(f"the model is in {out / 'model'}, its metrics in {out / 'metrics.json'}", highlight=False)

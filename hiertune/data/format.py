@@ -170,7 +170,11 @@ def open_hdf5(path: Path) -> h5py.File:
     if not os.access(path, os.R_OK):
         raise InputError("may not be read", file=path, allowed="a file with read permission")
     if not h5py.is_hdf5(path):
-        raise InputError("is not an HDF5 file", file=path, allowed="a file that `hiertune data import` wrote")
+        raise InputError(
+            "is not an HDF5 file",
+            file=path,
+            allowed="a file of `hiertune data import-fasta` or `import-table`",
+        )
     with _damage_as_input_error(path):
         return h5py.File(path, "r", locking=False)
 
@@ -225,7 +229,7 @@ def _check_format(file: h5py.File, path: Path) -> None:
         raise InputError(
             f"is HDF5, but not a data set of hiertune: its attribute 'format' is {found}",
             file=path,
-            allowed=f"format = {FORMAT!r}; `hiertune data import` makes such files",
+            allowed=f"format = {FORMAT!r}; `hiertune data import-fasta` and `import-table` make them",
         )
     if file.attrs.get("version") != VERSION:
         found = file.attrs.get("version", "missing")

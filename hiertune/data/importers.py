@@ -100,8 +100,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _open_text(path: Path) -> IO[str]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")  # Windows puts a mark in front
 
 
 def _record(path: Path, header: str, line: int, parts: list[str]) -> FastaRecord:

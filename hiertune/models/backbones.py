@@ -82,8 +82,7 @@ class MLP(nn.Module):
             if config.norm != "none":
                 layers.append(_NORMS[config.norm](width))
             layers.append(_ACTIVATIONS[config.activation]())
-            if config.dropout > 0:
-                layers.append(nn.Dropout(config.dropout))
+            layers.append(nn.Dropout(config.dropout))
             in_features = width
         self.layers = nn.Sequential(*layers)
 
@@ -106,6 +105,4 @@ def _input_layers(
     in_features: int, standardize: bool, statistics: Standardization | None, dropout: float
 ) -> nn.Sequential:
     layers: list[nn.Module] = [Standardize(in_features, statistics)] if standardize else []
-    if dropout > 0:
-        layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Dropout(dropout))

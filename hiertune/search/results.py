@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.plan import SearchPlan
-from hiertune.tracking import Delivery, ui_command
+from hiertune.tracking import Delivery, display_uri, ui_command
 
 _LEADERBOARD_ROWS = 10
 
@@ -156,6 +156,6 @@ def print_plan(console: Console, plan: SearchPlan) -> None:
         f"\n{configs} different configs; {plan.trials} trials of up to {plan.max_epochs} epochs with "
         f"{search.workers_per_trial} workers each\n"
         f"{plan.mode} {escape(plan.metric)}; sampler {search.sampler.kind}, "
-        f"scheduler {search.scheduler.kind}; tracking to {escape(plan.tracking_uri)}",
+        f"scheduler {search.scheduler.kind}; tracking to {escape(display_uri(plan.tracking_uri))}",
         highlight=False,
     )

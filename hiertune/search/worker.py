@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hiertune.config import DataConfig
 from hiertune.data import HierarchicalDataset, open_dataset
-from hiertune.export import save_model
+from hiertune.export import save_trained
 from hiertune.search.messages import Job
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialFailed
@@ -52,7 +52,9 @@ def _train(job: Job, link: _Link) -> None:
             validate_on=job.validate_on,
             test_on=job.test_on,
             checkpoint=Path(job.folder) / "checkpoint",
-            finish=functools.partial(_export, job, data) if job.export else None,
+            finish=(lambda model: save_trained(f"{job.folder}/model", model, job.config, data))
+            if job.export
+            else None,
         )
     except TrialFailed as error:  # raised by all ranks together: the group is sound
         if link.rank == 0:
@@ -68,19 +70,6 @@ def _train(job: Job, link: _Link) -> None:
         raise
     if link.rank == 0:
         link.call("finish", link.number, outcome)
-
-
-def _export(job: Job, data: HierarchicalDataset, model) -> None:
-    kmer = job.config.data.kmer if job.config.data.path.startswith("builtin:") else None
-    save_model(
-        Path(job.folder) / "model",
-        model,
-        job.config,
-        data.taxonomy,
-        metrics=None,
-        input_shape=tuple(data.inputs.shape[1:]),
-        kmer=kmer,
-    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -38,8 +38,8 @@ def run(quick: bool) -> list[Figure]:
             name = f"gradnorm/{at}/mlp/batch{batch}"
             amortised = 1 + (value - 1) / INTERVAL
             figures += [Figure(name, value, target), Figure(f"{name}/every_{INTERVAL}_steps", amortised)]
-    batch = 16 if quick else 64
-    value = _update_ratio(_resnet(), torch.randn(batch, 3, 64, 64), "features", 5 if quick else 11)
+    batch = 16 if quick else 32
+    value = _update_ratio(_resnet(), torch.randn(batch, 3, 64, 64), "features", 9 if quick else 25)
     return [*figures, Figure(f"gradnorm/features/resnet18/batch{batch}", value, 1.05)]
 
 

@@ -227,12 +227,9 @@ def test_lines_of_keys():
     assert space.line_of("model.head.temperature") == 11  # inside a branch
     assert space.line_of("search.refit") == 22  # not written: its section
     assert space.line_of("schedule.warmup") == 1  # nor that
-    assert (
-        parse_space(f"{BASE}optimizer:\n  betas:\n  - 0.9\n  - 0.99\n  kind: adamw").line_of(
-            "optimizer.betas[1]"
-        )
-        == 6
-    )
+    space = parse_space(f"{BASE}optimizer:\n  betas:\n  - 0.9\n  - 0.99\n  kind: adamw")
+    assert space.line_of("optimizer.betas[1]") == 6
+    assert space.line_of("optimizer.betas[2]") == 4
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -684,6 +681,17 @@ def test_a_broken_file_gives_one_readable_message(tmp_path, case):
     assert str(pickle.loads(pickle.dumps(caught.value))) == expected
 
 
+def test_what_is_allowed_can_be_said_of_every_key():
+    from hiertune._problems import describe
+    from hiertune._schema import plain_schema
+
+    schema = plain_schema()
+    sections = [schema, *schema["$defs"].values()]
+    values = [value for section in sections for key, value in section["properties"].items() if key != "kind"]
+    assert len(values) > 80
+    assert all(describe(value) for value in values)
+
+
 def test_at_most_ten_problems_are_put_into_words():
     keys = ", ".join(f"k{index:02}: 1" for index in range(13))
     with pytest.raises(InputError) as caught:
@@ -813,7 +821,17 @@ def test_every_shipped_space_is_valid_and_passes_the_schema(validator):
         validator.validate(yaml_tree(file.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("text", [SPACE, BRANCHES, GRID], ids=["space", "branches", "grid"])
+INSIDE = (
+    BASE
+    + """\
+model: {backbone: {kind: mlp, hidden: [{int: [1, 4]}, 3]}}
+optimizer: {kind: adamw, betas: [0.9, {uniform: [0.9, 0.99]}]}
+weighting: {kind: fixed, weights: {genus: {choice: [1, {uniform: [2, 3]}]}}}
+"""
+)
+
+
+@pytest.mark.parametrize("text", [SPACE, BRANCHES, GRID, INSIDE], ids=["space", "branches", "grid", "inside"])
 def test_the_schema_accepts_what_loads(validator, text):
     validator.validate(yaml_tree(text))
     for _, config in samples(parse_space(text), 5):

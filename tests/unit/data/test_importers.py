@@ -121,7 +121,7 @@ def test_fasta_of_many_blocks(tmp_path):
 
 def test_fasta_records(tmp_path):
     path = tmp_path / "a.fasta"
-    path.write_bytes(b"\n>id with space\tA;B c\r\nAC\r\nGT\r\n>2\nA\n")
+    path.write_bytes(b"\xef\xbb\xbf\n>id with space\tA;B c\r\nAC\r\nGT\r\n>2\nA\n")
     records = [(r.id, r.description, r.sequence, r.line) for r in read_fasta(path)]
     assert records == [("id with space", "A;B c", b"ACGT", 2), ("2", "", b"A", 5)]
 

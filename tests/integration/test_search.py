@@ -1,0 +1,269 @@
+"""Whole searches by the command line, with exact expectations of what they print and leave."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SPACE = """
+name: small
+data: {path: DATA}
+model:
+  backbone: {kind: mlp, hidden: [16]}
+  head:
+    choice:
+      - {kind: linear}
+      - {kind: conditional, routing: {choice: [soft, gumbel]}, temperature: {loguniform: [0.2, 5.0]}}
+loss: {kind: taxonomy_smoothing, alpha: {uniform: [0.0, 0.4]}}
+weighting: {choice: [{kind: equal}, {kind: gradnorm, alpha: {uniform: [0.0, 3.0]}}]}
+optimizer: {kind: adamw, lr: {loguniform: [1.0e-3, 1.0e-1]}}
+train: {epochs: EPOCHS, batch_size: 50}
+search: {trials: TRIALS, workers_per_trial: 2, SEARCH}
+"""
+
+
+@pytest.fixture
+def write_space(tmp_path, data_file):
+    def write(search="scheduler: {kind: asha, grace_epochs: 1}", trials=6, epochs=4, text=SPACE):
+        text = text.replace("DATA", str(data_file)).replace("SEARCH", search)
+        text = text.replace("TRIALS", str(trials)).replace("EPOCHS", str(epochs))
+        path = tmp_path / "space.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def rows_of(run):
+    with (run / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(rows):
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "epoch_seconds")} for row in rows
+    ]
+
+
+def processes_of(folder):
+    """Command lines that name the folder of this search: its workers, its delivery."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if str(folder) in line and "pytest" not in line]
+
+
+def test_a_search_from_the_space_to_the_model(hiertune, write_space, tmp_path):
+    done = hiertune("search", write_space(), capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "small"
+    rows, summary = rows_of(run), json.loads((run / "summary.json").read_text())
+
+    # Every trial is accounted for, and told as what it became.
+    assert [row["trial"] for row in rows] == [str(number) for number in range(6)]
+    states = {row["state"] for row in rows}
+    assert states <= {"completed", "pruned"}
+    assert sum(summary["trials"].values()) == 6
+    for row in rows:
+        assert (row["state"] == "completed") == (row["epochs"] == "4")
+        assert row["objective"] == row["val/accuracy/genus"]
+        # A parameter is there in just those trials whose branch has it.
+        assert (row["param/model.head"] == "conditional") == bool(row["param/model.head.temperature"])
+        assert (row["param/weighting"] == "gradnorm") == bool(row["param/weighting.alpha"])
+
+    # The winner is the best completed trial; the test split is read for it and its controls only.
+    best = max(
+        (row for row in rows if row["state"] == "completed"),
+        key=lambda row: (float(row["objective"]), -int(row["trial"])),
+    )
+    assert summary["winner"]["trial"] == int(best["trial"])
+    assert summary["objective"] == {
+        "metric": "val/accuracy/genus",
+        "mode": "max",
+        "value": float(best["objective"]),
+    }
+    assert set(summary["controls"]) == {"flat", "nearest_neighbour"}
+    for metrics in (summary["winner"]["metrics"], *(c["metrics"] for c in summary["controls"].values())):
+        assert 0 < metrics["test/accuracy_seen/genus"] <= 1
+    assert not any(name.startswith("test/") for name in rows[0])
+    assert summary["tracking"]["delivered"] == summary["tracking"]["total"] > 0
+
+    # What it says is what it leaves.
+    assert "winner against flat" in done.stdout
+    assert f"{summary['winner']['metrics']['test/accuracy_seen/genus']:.4f}" in done.stdout
+    assert (run / "report.html").stat().st_size > 10_000
+    assert not list((run / "trials").glob("*")), "checkpoints of ended trials are gone"
+    assert processes_of(tmp_path) == []
+
+    _check_mlflow(tmp_path / "runs", rows, summary)
+
+    # `best.yaml` trains again without Ray, to the very numbers of the refit.
+    again = hiertune("train", run / "best.yaml", "--refit", "--out", "again", capture_output=True)
+    assert again.returncode == 0, again.stderr
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    tested = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    for name, value in tested.items():  # one process here, two workers there
+        assert value == pytest.approx(summary["winner"]["metrics"][name], abs=0.02), name
+
+    # The model names rows, by itself.
+    data = yaml.safe_load((run / "best.yaml").read_text())["data"]["path"]
+    predicted = hiertune("predict", run / "model", data, "--out", "named.csv", capture_output=True)
+    assert predicted.returncode == 0, predicted.stderr
+    with (tmp_path / "named.csv").open() as file:
+        named = list(csv.DictReader(file))
+    assert len(named) == 600
+    assert {row["genus"] for row in named} <= {f"g{i}" for i in range(8)}
+
+    # A second search of that name is refused; resuming a finished one adds nothing and says it again.
+    refused = hiertune("search", tmp_path / "space.yaml", capture_output=True)
+    assert refused.returncode == 2
+    assert "exists already" in refused.stderr
+    assert "--resume" in refused.stderr
+    resumed = hiertune("search", tmp_path / "space.yaml", "--resume", capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert without_times(rows_of(run)) == without_times(rows)
+
+
+def _check_mlflow(runs, rows, summary):
+    """One parent run, one child run per trial, parameters by key path, metrics by epoch."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name("hiertune")
+    found = client.search_runs([experiment.experiment_id], max_results=100)
+    parents = [run for run in found if run.data.tags["hiertune.kind"] == "search"]
+    children = {int(run.data.tags["hiertune.trial"]): run for run in found if run not in parents}
+    assert len(parents) == 1
+    assert sorted(children) == list(range(6))
+    for row in rows:
+        child = children[int(row["trial"])]
+        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert child.data.tags["hiertune.state"] == row["state"]
+        assert child.data.params["model.head.kind"] == row["param/model.head"]
+        history = client.get_metric_history(child.info.run_id, "val/accuracy/genus")
+        assert [metric.step for metric in history] == list(range(1, int(row["epochs"]) + 1))
+        assert history[-1].value == float(row["objective"])
+    name = "test/accuracy_seen/genus"
+    assert parents[0].data.metrics[name] == summary["winner"]["metrics"][name]
+
+
+def test_one_seed_gives_the_same_trials_and_numbers(hiertune, write_space, tmp_path):
+    space = write_space("sampler: {kind: tpe, startup_trials: 3}, scheduler: {kind: asha, grace_epochs: 1}")
+    tables = []
+    for runs in ("first", "second"):
+        done = hiertune("search", space, "--runs", runs, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append(without_times(rows_of(tmp_path / runs / "small")))
+    assert tables[0] == tables[1]
+
+
+def test_an_interrupted_search_is_resumed_without_loss(start_hiertune, hiertune, write_space, tmp_path):
+    run = tmp_path / "runs" / "small"
+    space = write_space("scheduler: {kind: none}", trials=4, epochs=150)
+    process = start_hiertune("search", space)
+    _wait_for(lambda: (run / "curves.csv").exists() and "\n1,3," in (run / "curves.csv").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    before = {row["trial"]: row for row in rows_of(run)}
+    assert before["0"]["state"] == "completed"
+    assert before["1"]["state"] == "interrupted"
+    assert processes_of(tmp_path) == []
+
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = {row["trial"]: row for row in rows_of(run)}
+    assert [row["state"] for row in after.values()] == ["completed"] * 4
+    assert without_times([after["0"]]) == without_times([before["0"]])
+    parameters = {key: value for key, value in before["1"].items() if key.startswith("param/")}
+    assert {key: after["1"][key] for key in parameters} == parameters
+    with (run / "curves.csv").open() as file:
+        epochs = [
+            int(row["epoch"])
+            for row in csv.DictReader(file)
+            if (row["trial"], row["metric"]) == ("1", "train/loss")
+        ]
+    assert sorted(set(epochs)) == list(range(1, 151))
+    assert len(epochs) <= 151, "at most the epoch of the interruption is trained twice"
+
+
+def _wait_for(condition, process, timeout_s=180):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+def test_every_scheduler_ends_every_trial(hiertune, write_space, tmp_path, scheduler):
+    search = f"scheduler: {{kind: {scheduler}}}, refit: false, controls: false"
+    done = hiertune("search", write_space(search, trials=7, epochs=9), capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "runs" / "small")
+    assert len(rows) == 7
+    assert {row["state"] for row in rows} <= {"completed", "pruned"}
+    for row in rows:
+        assert (row["state"] == "completed") == (row["epochs"] == "9")
+
+
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_search_goes_on(hiertune, write_space, tmp_path):
+    text = SPACE.replace("{loguniform: [1.0e-3, 1.0e-1]}", "{choice: [1.0e-2, 1.0e+30]}")
+    search = "sampler: {kind: random}, controls: false"
+    done = hiertune("search", write_space(search, text=text), capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "runs" / "small")
+    diverged = [row for row in rows if float(row["param/optimizer.lr"]) > 1]
+    assert len(diverged) >= 1
+    for row in diverged:
+        assert row["state"] == "failed"
+        assert row["reason"].startswith("train/loss is not finite at epoch 1")
+    assert any(row["state"] == "completed" for row in rows)
+
+
+def test_a_search_in_which_nothing_is_completed_fails(hiertune, write_space):
+    text = SPACE.replace("{loguniform: [1.0e-3, 1.0e-1]}", "1.0e+30")
+    done = hiertune("search", write_space(trials=2, text=text), capture_output=True)
+    assert done.returncode == 1
+    assert "no trial was completed; 2 of 2: train/loss is not finite at epoch 1" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(Path("search_spaces").rglob("*.yaml")), ids=str)
+def test_every_space_that_ships_starts(hiertune, tmp_path, path):
+    text = path.read_text()
+    space = yaml.safe_load(text)
+    space["train"] |= {"epochs": 1}
+    space["search"] = {
+        "trials": 1,
+        "workers_per_trial": 1,
+        "scheduler": {"kind": "none"},
+        "refit": False,
+        "controls": False,
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    done = hiertune("search", "space.yaml", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_are_spaces_to_start():
+    assert {path.name for path in Path("search_spaces").rglob("*.yaml")} >= {"quickstart.yaml", "linnaeus.yaml"}
+
+
+def test_python_m_hiertune_search_is_the_same_command(write_space, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hiertune.search", str(write_space()), "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.head.temperature" in done.stdout
+    assert not (tmp_path / "runs").exists()
