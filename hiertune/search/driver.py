@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections import Counter
@@ -60,6 +61,10 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         folder.create(plan.space.text)
     with _logging_to(folder.log):
         ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
+        finished = _finished_summary(plan, ledger)
+        if finished is not None:
+            print_results(console, plan, ledger.records(), finished)
+            return finished
         tracker = Tracker.start(
             folder.root,
             plan.tracking_uri,
@@ -88,6 +93,15 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         write_report(folder.root)
     print_results(console, plan, ledger.records(), summary)
     return summary
+
+
+def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None:
+    """The summary on disk, if it is of all the trials that are wanted: then there is nothing to do."""
+    ended = len(ledger.ended())
+    if ended < plan.trials or not plan.folder.summary.exists():
+        return None
+    summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
+    return summary if sum(summary["trials"].values()) == ended else None
 
 
 @contextlib.contextmanager
@@ -192,7 +206,7 @@ def _run_trials(
             metric=plan.metric,
             mode=plan.mode,
             search_alg=searcher,
-            scheduler=build_scheduler(search.scheduler, plan.max_epochs),
+            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs),
             num_samples=remaining,
             max_concurrent_trials=pool.size,
             reuse_actors=True,

@@ -33,16 +33,6 @@ class SearchPlan:
     resume: bool
 
     @property
-    def folder_of_space(self) -> Path:
-        assert self.space.file is not None
-        return self.space.file.parent
-
-    @property
-    def max_epochs(self) -> int:
-        """The most that a trial may train."""
-        return max(corner.config.train.epochs for corner in self.space.corners())
-
-    @property
     def metric(self) -> str:
         return self.config.search.objective.metric or f"val/accuracy/{self.data.taxonomy.levels[-1]}"
 
@@ -57,7 +47,7 @@ class SearchPlan:
 
     def located(self, config: TrialConfig) -> TrialConfig:
         """`config` with the data's path made absolute: workers run in other folders."""
-        path = locate(config.data.path, self.folder_of_space)
+        path = locate(config.data.path, self.space.folder)
         return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
 
 
@@ -121,15 +111,9 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
 
 
 def _check_same_space(begun: Path, space: Space) -> None:
-    before = load_space(begun)
-    if _searched(before) != _searched(space):
+    if load_space(begun).tree != space.tree:
         raise InputError(
             f"the space is not the one that this search was begun with ({begun})",
             file=space.file,
             allowed="the same space (the `search` and `tracking` sections may differ), or another name",
         )
-
-
-def _searched(space: Space) -> tuple:
-    """What makes two spaces the same, wherever it stands in their files."""
-    return space.fixed, [(each.name, each.distribution, each.conditions) for each in space.parameters]

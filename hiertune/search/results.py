@@ -150,10 +150,10 @@ def print_plan(console: Console, plan: SearchPlan) -> None:
         )
     console.print(table)
     size = plan.space.size()
-    configs = "without end" if size == float("inf") else f"{size:,.0f}"
+    configs = "without end" if size == float("inf") else f"{size:,}"
     search = plan.config.search
     console.print(
-        f"\n{configs} different configs; {plan.trials} trials of up to {plan.max_epochs} epochs with "
+        f"\n{configs} different configs; {plan.trials} trials of up to {plan.space.max_epochs} epochs with "
         f"{search.workers_per_trial} workers each\n"
         f"{plan.mode} {escape(plan.metric)}; sampler {search.sampler.kind}, "
         f"scheduler {search.scheduler.kind}; tracking to {escape(display_uri(plan.tracking_uri))}",

@@ -253,7 +253,10 @@ def test_every_space_that_ships_starts(hiertune, tmp_path, path):
 
 
 def test_there_are_spaces_to_start():
-    assert {path.name for path in Path("search_spaces").rglob("*.yaml")} >= {"quickstart.yaml", "linnaeus.yaml"}
+    assert {path.name for path in Path("search_spaces").rglob("*.yaml")} >= {
+        "quickstart.yaml",
+        "linnaeus.yaml",
+    }
 
 
 def test_python_m_hiertune_search_is_the_same_command(write_space, tmp_path):

@@ -165,7 +165,11 @@ def test_a_trial_that_the_scheduler_stopped_is_pruned_with_the_epoch_that_stoppe
 @pytest.mark.parametrize(
     ("last", "error", "reason"),
     [
-        ({"state": "failed", "reason": "train/loss is nan", "training_iteration": 2}, False, "train/loss is nan"),
+        (
+            {"state": "failed", "reason": "train/loss is nan", "training_iteration": 2},
+            False,
+            "train/loss is nan",
+        ),
         (None, True, "its trial actor died"),
     ],
 )
