@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from hiertune.errors import InputError
-from hiertune.search.ledger import TrialRecord
+
+if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused search needs neither
+    from hiertune.search.ledger import TrialRecord
 
 
 class RunFolder:
@@ -56,6 +56,8 @@ class RunFolder:
 
 def write_trials(path: Path, records: list[TrialRecord]) -> None:
     """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
+    import pandas as pd
+
     rows = [
         {
             "trial": record.number,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from hiertune.check import check_with_data
 from hiertune.config import GridConfig, SearchConfig, TrialConfig
-from hiertune.data import SPLITS, HierarchicalDataset, open_dataset
 from hiertune.errors import InputError
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
 from hiertune.search.outputs import RunFolder
 from hiertune.space import Space, load_space
 from hiertune.tracking import check_uri, resolve_uri
+
+if TYPE_CHECKING:
+    from hiertune.data import HierarchicalDataset
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def plan_search(
     space = load_space(file)
     config = space.config
     if name is not None:
-        config = SearchConfig.model_validate({**config.model_dump(), "name": name})
+        config = _renamed(config, name)
     folder = RunFolder(runs.resolve() / config.name)
     if resume:
         folder.require_existing()
@@ -95,8 +98,17 @@ def plan_search(
     return SearchPlan(space, config, data, folder, wanted, uri, resume)
 
 
+def _renamed(config: SearchConfig, name: str) -> SearchConfig:
+    try:
+        return SearchConfig.model_validate({**config.model_dump(), "name": name})
+    except ValidationError as error:
+        raise InputError(f"--name {name!r}: {error.errors()[0]['msg']}") from None
+
+
 def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
     """The data of the space's defaults, after every other data section was opened and compared."""
+    from hiertune.data import SPLITS, open_dataset  # loads torch: a broken space is told before that
+
     first, *others = [open_dataset(config, folder, require=SPLITS) for config in space.data_configs()]
     for other in others:
         if not np.array_equal(first.ids, other.ids) or not np.array_equal(first.labels, other.labels):

@@ -139,6 +139,18 @@ def test_processes_at_once_agree_and_leave_one_file(monkeypatch, tmp_path):
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 
+def test_another_process_may_be_first(monkeypatch, tmp_path):
+    fake_set(monkeypatch, tmp_path)
+    real = builtin.import_fasta
+
+    def second(*arguments, **options):
+        real(*arguments, **options)  # the other one's
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(builtin, "import_fasta", second)
+    assert builtin.builtin_path("tiny", KmerConfig()).exists()
+
+
 def test_unknown_name():
     with pytest.raises(InputError) as error:
         open_dataset(DataConfig(path="builtin:silva"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 from rich.console import Console
@@ -48,11 +49,16 @@ def test_rich_shows_every_figure(good):
 
 
 def test_a_file_without_training_rows_can_be_described(good):
-    import h5py
-
     with h5py.File(good, "r+") as file:
         file["split"][...] = np.full(8, 2)
     assert describe(good).levels[0].trained == 0
+
+
+def test_a_class_without_rows_is_no_singleton(good):
+    with h5py.File(good, "r+") as file:
+        file["labels"][4, 1] = -1  # the only row of "w"
+    assert describe(good).levels[1].singletons == 1
+    assert describe(good).levels[1].classes == 4
 
 
 def test_a_bad_file_is_bad_input(tmp_path):

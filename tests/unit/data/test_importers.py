@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -228,14 +230,18 @@ def test_table_without_ids_is_split_by_row_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
 def test_numbers_can_be_labels_and_ids(tmp_path, name):
-    frame = pd.DataFrame({"id": [10, 11, 12], "kind": pd.array([3, None, 2], "Int64"), "f": [0.5, 1, 2]})
-    out = tmp_path / "out.h5"
-    import_table(write_table(frame, tmp_path / name), out, ["kind"], id_column="id")
+    path, out = tmp_path / name, tmp_path / "out.h5"
+    if name == "a.csv":
+        path.write_text("id,kind,f\n10,3,0.5\n11,,1\n12,2,2\n")
+    else:  # without pandas' own notes on types, an integer column with gaps could become 3.0, nan, 2.0
+        columns = {"id": [10, 11, 12], "kind": [3, None, 2], "f": [0.5, 1.0, 2.0]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    import_table(path, out, ["kind"], id_column="id")
     data, rows = open_rows(out)
     assert data.taxonomy.names == (("2", "3"),)
     assert data.labels.tolist() == [[1], [-1], [0]]
     assert data.ids.tolist() == ["10", "11", "12"]
-    assert rows.shape == (3, 1)
+    assert rows.tolist() == [[0.5], [1], [2]]
 
 
 def test_row_numbers_and_dates_are_no_features(tmp_path):

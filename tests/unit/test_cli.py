@@ -1,0 +1,191 @@
+"""The command line on bad input: one message, exit code 2, nothing started, nothing left."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from hiertune import Taxonomy
+from hiertune.cli import main
+from hiertune.data import write_dataset
+
+GOOD = """name: it
+data: {path: data.h5}
+model: {backbone: {kind: mlp, hidden: [8]}, head: {kind: linear}}
+optimizer: {kind: adamw, lr: {loguniform: [1e-4, 1e-2]}}
+train: {epochs: 2, batch_size: 8}
+search: {trials: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    lineages = [(f"f{i // 2}", f"g{i}") for i in range(4)] * 25
+    taxonomy = Taxonomy.from_lineages(lineages, ["family", "genus"])
+    inputs = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    ids = [f"row{i}" for i in range(100)]
+    write_dataset(tmp_path / "data.h5", inputs, taxonomy.encode(lineages), taxonomy, ids)
+    (tmp_path / "space.yaml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2, printed
+    assert "Traceback" not in printed.err + printed.out
+    return printed.err
+
+
+BAD_SPACES = {
+    "unknown key": ("lr: {", "rate: {", "space.yaml:4: optimizer.rate: unknown key"),
+    "wrong type": ("epochs: 2", "epochs: two", "space.yaml:5: train.epochs:"),
+    "empty choice": ("{loguniform: [1e-4, 1e-2]}", "{choice: []}", "space.yaml:4: optimizer.lr"),
+    "low above high": ("[1e-4, 1e-2]", "[1e-2, 1e-4]", "space.yaml:4: optimizer.lr"),
+    "log through zero": ("[1e-4, 1e-2]", "[0.0, 1e-2]", "space.yaml:4: optimizer.lr"),
+    "no such metric": (
+        "search: {",
+        "search: {objective: {metric: val/acuracy/genus}, ",
+        "space.yaml:6: search.objective.metric:",
+    ),
+    "no such level": (
+        "search: {",
+        "search: {objective: {metric: val/accuracy/species}, ",
+        "space.yaml:6: search.objective.metric:",
+    ),
+    "test split as objective": (
+        "search: {",
+        "search: {objective: {metric: test/accuracy/genus}, ",
+        "the test split is read once",
+    ),
+    "level not in the data": (
+        "train:",
+        "weighting: {kind: fixed, weights: {order: 1.0}}\ntrain:",
+        "space.yaml:5: weighting.weights.order:",
+    ),
+    "batch above the split": ("batch_size: 8", "batch_size: 800", "space.yaml:5: train.batch_size:"),
+    "too many workers": (
+        "search: {",
+        "search: {workers_per_trial: 4000, ",
+        "a trial needs 4000 workers x 1 CPU = 4000 CPU",
+    ),
+    "syntax error": ("{kind: linear}}", "{kind: linear}", "space.yaml:"),
+    "duplicate key": ("name: it", "name: it\nname: again", "space.yaml:2: name:"),
+    "python tag": ("epochs: 2", "epochs: !!python/object/apply:os.getcwd []", "space.yaml:5"),
+    "folder as tracking": (
+        "search:",
+        "tracking: {uri: ./mlruns}\nsearch:",
+        "MLflow 3 no longer tracks into folders",
+    ),
+    "missing data": ("data.h5", "dta.h5", "dta.h5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPACES)
+def test_a_broken_space_is_refused_with_its_place(folder, capsys, case):
+    old, new, expected = BAD_SPACES[case]
+    assert old in GOOD
+    (folder / "space.yaml").write_text(GOOD.replace(old, new))
+    message = refused(capsys, "search", "space.yaml")
+    assert message.startswith("error: ")
+    assert expected in message
+    assert not (folder / "runs").exists()
+
+
+def break_file(name):
+    def not_hdf5(path):
+        path.write_text("id,genus\n")
+
+    def truncated(path):
+        path.write_bytes(path.read_bytes()[:-4000])
+
+    def label_out_of_range(path):
+        with h5py.File(path, "r+") as file:
+            file["labels"][3, 1] = 99
+
+    def contradiction(path):
+        with h5py.File(path, "r+") as file:
+            file["labels"][0] = [1, 0]
+
+    def nan(path):
+        with h5py.File(path, "r+") as file:
+            file["inputs"][7, 2] = np.nan
+
+    def nothing_to_train(path):
+        with h5py.File(path, "r+") as file:
+            file["split"][:] = 2
+
+    return locals()[name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("not_hdf5", "not an HDF5 file"),
+        ("truncated", "data.h5"),
+        ("label_out_of_range", "99"),
+        ("contradiction", "genus"),
+        ("nan", "row 7"),
+        ("nothing_to_train", "train"),
+    ],
+)
+def test_a_broken_data_file_is_refused(folder, capsys, damage, expected):
+    break_file(damage)(folder / "data.h5")
+    message = refused(capsys, "search", "space.yaml")
+    assert "data.h5" in message
+    assert expected in message
+    assert not (folder / "runs").exists()
+
+
+def test_other_commands_refuse_too(folder, capsys):
+    assert "hiertune search" in refused(capsys, "train", "space.yaml")
+    assert "there is no search to resume" in refused(capsys, "search", "space.yaml", "--resume")
+    assert "nowhere" in refused(capsys, "predict", "nowhere", "data.h5")
+    assert "nowhere" in refused(capsys, "report", "nowhere")
+    assert "nowhere" in refused(capsys, "export", "nowhere", "out")
+    assert "builtin:rrna16s" in refused(capsys, "data", "describe", "builtin:rna")
+    assert "name" in refused(capsys, "search", "space.yaml", "--name", "../above")
+
+
+def test_a_search_that_exists_is_not_overwritten(folder, capsys):
+    (folder / "runs" / "it").mkdir(parents=True)
+    (folder / "runs" / "it" / "precious").write_text("result")
+    message = refused(capsys, "search", "space.yaml")
+    assert "--resume" in message
+    assert [path.name for path in (folder / "runs" / "it").iterdir()] == ["precious"]
+
+
+def test_bad_input_is_told_before_anything_heavy_is_loaded(folder):
+    (folder / "space.yaml").write_text(GOOD.replace("epochs: 2", "epochs: 0"))
+    program = (
+        "import sys\n"
+        "from hiertune.cli import main\n"
+        "try: main(['search', 'space.yaml'])\n"
+        "finally: print(sorted({'ray', 'mlflow', 'optuna', 'torch'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 2
+    assert done.stdout == "[]\n"
+
+
+def test_train_alone_and_the_schema(folder, capsys):
+    config = GOOD.replace("{loguniform: [1e-4, 1e-2]}", "0.01").replace("search: {trials: 2}\n", "")
+    (folder / "config.yaml").write_text(config)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "config.yaml", "--out", "trained"])
+    assert ended.value.code == 0
+    metrics = json.loads((folder / "trained" / "metrics.json").read_text())
+    assert 0 <= metrics["val/accuracy/genus"] <= 1
+    assert (folder / "trained" / "model" / "model.safetensors").exists()
+    assert "trained" in refused(capsys, "train", "config.yaml", "--out", "trained")
+
+    with pytest.raises(SystemExit):
+        main(["schema"])
+    schema = json.loads(capsys.readouterr().out)
+    assert "search" in schema["properties"]
