@@ -154,7 +154,8 @@ def describe(
     from hiertune.data import describe as describe_data
     from hiertune.data import open_dataset
 
-    Console().print(describe_data(open_dataset(DataConfig(path=file, kmer=KmerConfig(k=kmer)), Path.cwd())))
+    data = open_dataset(DataConfig(path=file, kmer=KmerConfig(k=kmer)), require=())
+    Console().print(describe_data(data))
 
 
 Levels = Annotated[str, typer.Option(help="Names of the levels, coarse to fine, separated by commas.")]

@@ -35,7 +35,7 @@ class KmerConfig(Config):
 
     k: Annotated[int, Field(ge=1, le=8)] = 6
     """Word length; there are 4**k features."""
-    transform: Literal["counts", "frequency", "sqrt", "presence", "hellinger"] = "sqrt"
+    transform: Literal["counts", "frequency", "sqrt", "presence"] = "sqrt"
     """`frequency` sums to one; `sqrt` is its square root (so has unit length); `presence` is 0/1."""
 
 
@@ -62,6 +62,8 @@ class MLPConfig(Config):
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     norm: Literal["none", "layer", "batch"] = "none"
     """Normalisation before each activation; `batch` synchronises statistics over workers."""
+    feature_length: NonNegative = 0.0
+    """Scale every row's features to this Euclidean length; 0 leaves them as they are."""
     standardize: bool = True
     """Shift and scale every input by its mean and deviation over the training rows."""
 

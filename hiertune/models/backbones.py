@@ -62,8 +62,24 @@ class Identity(nn.Module):
         return self.inputs(_flat(x))
 
 
+class Scale(nn.Module):
+    """Gives every row of `[B, D]` the Euclidean length `length` (Wang et al., NormFace, 2017).
+
+    Bounds the logits, so that classes with few rows are not drowned by those with many.
+    """
+
+    def __init__(self, length: float) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.length * nn.functional.normalize(x, dim=1)
+
+
 class MLP(nn.Module):
     """Linear, normalisation, activation, dropout; once per width in `config.hidden`.
+
+    With `config.feature_length` the last features are scaled to that length.
 
     `norm: batch` is `nn.BatchNorm1d`: by itself it normalises by the rows of its own process, of which
     training needs at least two. Where several workers train, the loop puts a version in its place that
@@ -84,6 +100,8 @@ class MLP(nn.Module):
             layers.append(_ACTIVATIONS[config.activation]())
             layers.append(nn.Dropout(config.dropout))
             in_features = width
+        if config.feature_length > 0:
+            layers.append(Scale(config.feature_length))
         self.layers = nn.Sequential(*layers)
 
     @property

@@ -51,6 +51,13 @@ def test_mlp_is_linear_norm_activation_per_width(activation, norm):
     assert model.last_shared_weight is second.weight
 
 
+def test_features_are_scaled_to_their_length():
+    model = mlp(feature_length=16.0).eval()
+    plain = mlp().eval()(inputs())
+    expected = 16.0 * plain / plain.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(model(inputs()), expected)
+
+
 def test_standardised_inputs_have_mean_0_and_deviation_1():
     features = Identity(WIDTH, IdentityConfig(), statistics())(inputs())
     torch.testing.assert_close(features.mean(0), torch.zeros(WIDTH), rtol=0, atol=1e-6)
