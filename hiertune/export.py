@@ -85,8 +85,7 @@ def save_trained(
     folder: str | Path, model: torch.nn.Module, config: TrialConfig, data: HierarchicalDataset
 ) -> None:
     """`save_model` for a model that was trained on `data`."""
-    kmer = config.data.kmer if config.data.path.startswith("builtin:") else None
-    save_model(folder, model, config, data.taxonomy, None, tuple(data.inputs.shape[1:]), kmer)
+    save_model(folder, model, config, data.taxonomy, None, tuple(data.inputs.shape[1:]), data.kmer)
 
 
 def export_winner(run_dir: str | Path, out: str | Path) -> Path:

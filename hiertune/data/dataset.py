@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 
-from hiertune.config import DataConfig
+from hiertune.config import DataConfig, KmerConfig
 from hiertune.data.builtin import builtin_path
 from hiertune.data.format import BLOCK_BYTES, Contents, block_rows, open_hdf5, read_contents, read_rows
 from hiertune.data.splits import SPLITS
@@ -205,6 +205,8 @@ class HierarchicalDataset:
     taxonomy: Taxonomy
     source: str = "data"
     """Where it came from, for messages."""
+    kmer: KmerConfig | None = None
+    """How sequences became the inputs; None where they did not."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -276,7 +278,7 @@ def open_dataset(
         lazy.scan()
     source = config.path if config.path.startswith("builtin:") else str(path)
     data = HierarchicalDataset(
-        inputs, contents.labels, contents.ids, contents.split, contents.taxonomy, source
+        inputs, contents.labels, contents.ids, contents.split, contents.taxonomy, source, contents.kmer
     )
     data.require_rows(*require)
     return data

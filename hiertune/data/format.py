@@ -25,8 +25,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from pydantic import ValidationError
 
 from hiertune.data.splits import SPLITS, split_of_ids
+from hiertune.config import KmerConfig
 from hiertune.errors import InputError
 from hiertune.taxonomy import Taxonomy
 
@@ -67,6 +69,8 @@ class Contents:
     """float32 or uint8: what the rows are read as."""
     chunk_rows: int
     """Rows that the file stores together; 1 if it does not store rows in chunks."""
+    kmer: KmerConfig | None
+    """How sequences became these inputs; None where they did not."""
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -80,13 +84,14 @@ def write_dataset(
     ids: Sequence[str],
     split: np.ndarray | None = None,
     *,
+    kmer: KmerConfig | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a data set, in one step or not at all; returns the path.
 
     inputs: array, CPU tensor or RowBlocks; numbers [N, D] (stored as float32) or uint8 images
         [N, H, W, C]. labels: integer [N, L], -1 unknown. split: int [N], see SPLITS; by default
-        from the ids (`split_of_ids`).
+        from the ids (`split_of_ids`). kmer: how sequences became the inputs, where they did.
     Raises InputError for everything that the reader would refuse, and for a file that exists
     unless `overwrite`.
     """
@@ -104,6 +109,8 @@ def write_dataset(
     try:
         with h5py.File(temporary, "x") as file:
             file.attrs.update(format=FORMAT, version=VERSION)
+            if kmer is not None:
+                file.attrs["kmer"] = kmer.model_dump_json()
             file["labels"] = labels.astype(np.int64)
             file["split"] = split.astype(np.int8)
             file.create_dataset("ids", data=names, dtype=_STRING)
@@ -190,8 +197,21 @@ def read_contents(path: Path) -> Contents:
         split = _dataset(file, "split", path)[...]
         taxonomy = _read_taxonomy(file, path)
         shape, chunk_rows = inputs.shape, inputs.chunks[0] if inputs.chunks else 1
+        kmer = _read_kmer(file, path)
     _check_contents(path, shape[0], labels, ids, split, taxonomy)
-    return Contents(labels.astype(np.int64), ids, split.astype(np.int8), taxonomy, shape, dtype, chunk_rows)
+    return Contents(
+        labels.astype(np.int64), ids, split.astype(np.int8), taxonomy, shape, dtype, chunk_rows, kmer
+    )
+
+
+def _read_kmer(file: h5py.File, path: Path) -> KmerConfig | None:
+    if "kmer" not in file.attrs:
+        return None
+    try:
+        return KmerConfig.model_validate_json(file.attrs["kmer"])
+    except ValidationError as error:
+        problem = f"the attribute 'kmer' is {file.attrs['kmer']!r}"
+        raise InputError(problem, file=path, allowed='{"k": 1 to 8, "transform": ...}') from error
 
 
 def read_rows(path: Path, dataset: h5py.Dataset, first: int, out: np.ndarray) -> None:

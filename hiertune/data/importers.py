@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from hiertune.data.format import RowBlocks, block_rows, write_dataset
-from hiertune.data.kmers import kmer_features
+from hiertune.data.kmers import kmer_config, kmer_features
 from hiertune.data.splits import SPLITS
 from hiertune.errors import InputError
 from hiertune.taxonomy import Taxonomy
@@ -132,6 +132,7 @@ def import_fasta(
     Raises InputError with file and line for a bad record.
     """
     path = Path(path)
+    kmer = kmer_config(k, transform)
     records = list(read_fasta(path))
     lines: dict[str, int] = {}
     lineages = []
@@ -144,7 +145,9 @@ def import_fasta(
     taxonomy = Taxonomy.from_lineages(lineages, levels)
     inputs = _kmer_blocks(path, records, k, transform)
     ids = [record.id for record in records]
-    return write_dataset(out, inputs, taxonomy.encode(lineages), taxonomy, ids, overwrite=overwrite)
+    return write_dataset(
+        out, inputs, taxonomy.encode(lineages), taxonomy, ids, kmer=kmer, overwrite=overwrite
+    )
 
 
 def _lineage(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hiertune.config import KmerConfig
 from hiertune.errors import InputError
 
 _OTHER = 4  # code of every letter that is not A, C, G, T or U
@@ -51,15 +52,21 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """From counts [n, 4**k] to features of the same shape; each row by itself."""
 
 
+def kmer_config(k: int, transform: str) -> KmerConfig:
+    """Raises InputError for an unknown transform or a `k` outside 1..8."""
+    if transform not in TRANSFORMS:
+        raise InputError(f"there is no k-mer transform {transform!r}", allowed=", ".join(TRANSFORMS))
+    if not 1 <= k <= 8:
+        raise InputError(f"k-mers cannot be {k} letters long", allowed="1 to 8")
+    return KmerConfig.model_validate({"k": k, "transform": transform})
+
+
 def kmer_features(sequences: Sequence[bytes], k: int, transform: str) -> np.ndarray:
     """Features float32 [n, 4**k] of `n` sequences; a sequence without any whole word gives zeros.
 
     Raises InputError for an unknown transform or a `k` outside 1..8.
     """
-    if transform not in TRANSFORMS:
-        raise InputError(f"there is no k-mer transform {transform!r}", allowed=", ".join(TRANSFORMS))
-    if not 1 <= k <= 8:
-        raise InputError(f"k-mers cannot be {k} letters long", allowed="1 to 8")
+    kmer_config(k, transform)
     counts = np.empty((len(sequences), 4**k), np.int64)
     for row, sequence in enumerate(sequences):
         counts[row] = count_kmers(sequence, k)

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from hiertune.config import DataConfig
+from hiertune.config import DataConfig, KmerConfig
 from hiertune.data import import_fasta, import_table, open_dataset, split_of_ids
 from hiertune.data.importers import clean_rank, read_fasta
 from hiertune.data.kmers import kmer_features
@@ -78,6 +78,8 @@ def test_fasta(tmp_path, name):
     path, out = tmp_path / name, tmp_path / "out.h5"
     (gzip.open if name.endswith(".gz") else open)(path, "wb").write(FASTA.encode())
     assert import_fasta(path, out, LEVELS, k=3, transform="frequency") == out
+    kmer = open_dataset(DataConfig(path=str(out))).kmer
+    assert kmer == KmerConfig(k=3, transform="frequency"), "a model of it can read FASTA"
     data, rows = open_rows(out)
     assert data.ids.tolist() == ["s1", "s2", "s3", "s4"]
     assert data.levels == LEVELS
