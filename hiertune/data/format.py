@@ -27,8 +27,8 @@ import h5py
 import numpy as np
 from pydantic import ValidationError
 
-from hiertune.data.splits import SPLITS, split_of_ids
 from hiertune.config import KmerConfig
+from hiertune.data.splits import SPLITS, split_of_ids
 from hiertune.errors import InputError
 from hiertune.taxonomy import Taxonomy
 

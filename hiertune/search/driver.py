@@ -83,7 +83,8 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
                 best = _find_best(plan, ledger, pool, listeners, tracker)
                 config = plan.space.resolve(best.params)
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
-                contenders = _measure_winner(plan, pool, config, display)
+                with Interruption(at_once=True):
+                    contenders = _measure_winner(plan, pool, config, display)
             checkpoints.sweep()
             summary = summarise(plan, ledger.records(), best, contenders, time.monotonic() - begun)
             _track_winner(tracker, folder, summary)

@@ -13,10 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption(tune.Stopper):
     """Says whether the user asked to stop. Tune polls it as a `Stopper`; use as a context manager.
 
+    With `at_once` already the first signal raises KeyboardInterrupt, for work that nobody polls in.
     Needs the main thread, as signal handlers do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
+        self._at_once = at_once
         self.asked = False
 
     def __enter__(self) -> Interruption:
@@ -28,7 +30,7 @@ class Interruption(tune.Stopper):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or self._at_once:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -40,4 +42,4 @@ class Interruption(tune.Stopper):
 
     def __getstate__(self) -> dict:
         """For Tune's snapshot, which is never restored."""
-        return {"asked": False}
+        return {"_at_once": False, "asked": False}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -67,7 +68,11 @@ class WorkerPool:
     def close(self, timeout_s: float) -> None:
         """Send the workers home and wait until their trainers are gone."""
         self._closing = True
-        ray.get(self.broker.close.remote())
+        try:
+            ray.get(self.broker.close.remote())
+        except RayError as error:  # after an interruption Ray may be half gone; so are the workers then
+            logger.warning("the worker groups could not be told to go home: %s", error)
+            return
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -215,7 +215,7 @@ def dense_loop(config: TrialConfig, data: HierarchicalDataset) -> Epoch:
 
 def dense_links(parents: np.ndarray, size: int) -> Tensor:
     links = torch.zeros(size, len(parents))
-    links[parents, np.arange(len(parents))] = 1.0
+    links[torch.tensor(parents), torch.arange(len(parents))] = 1.0
     return links
 
 
@@ -236,8 +236,8 @@ def alternate(
         start = time.perf_counter()
         loss = other(result.epoch)
         ratios.append((time.perf_counter() - start) / result.seconds)
-        if same_losses:
-            np.testing.assert_allclose(result.metrics["train/loss"], loss, rtol=1e-3)
+        if same_losses and result.epoch == 1:  # later on, rounding errors have had time to grow
+            np.testing.assert_allclose(result.metrics["train/loss"], loss, rtol=1e-4)
         return Decision.CONTINUE
 
     run_trial(config, data, report, validate_on=())
