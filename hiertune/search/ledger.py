@@ -97,10 +97,12 @@ class Ledger:
         if "started" not in trial.user_attrs:
             trial.set_user_attr("started", time.time())
 
-    def report(self, trial: Trial, epoch: int, value: float) -> None:
-        """An epoch's objective. An epoch that was reported before a crash is not reported again."""
-        if epoch not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-            trial.report(value, epoch)
+    def report(self, trial: Trial, epoch: int, value: float) -> bool:
+        """An epoch's objective. False for an epoch that was reported before: it is not reported again."""
+        if epoch in trial.storage.get_trial(trial._trial_id).intermediate_values:
+            return False
+        trial.report(value, epoch)
+        return True
 
     def tell(
         self,

@@ -69,12 +69,12 @@ class LedgerSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         trial = self._live.pop(trial_id)
-        if self._interrupted():
-            return
         result = result or {}
         state, reason = _verdict(result, error)
-        if state != "failed":
+        if state != "failed" and self.metric in result:
             self._report(trial, result)
+        if state == "pruned" and self._interrupted():
+            return  # stopped by the user, not by the scheduler: it goes on when the search resumes
         record = self._ledger.tell(
             trial,
             state,
@@ -88,8 +88,8 @@ class LedgerSearcher(Searcher):
 
     def _report(self, trial: Trial, result: dict) -> None:
         epoch = result["training_iteration"]
-        self._ledger.report(trial, epoch, result[self.metric])
-        self._listener.trial_reported(trial.number, epoch, _metrics(result))
+        if self._ledger.report(trial, epoch, result[self.metric]):
+            self._listener.trial_reported(trial.number, epoch, _metrics(result))
 
     def __getstate__(self) -> dict:
         """For Tune's snapshot, which is never restored."""

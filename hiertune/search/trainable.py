@@ -19,7 +19,7 @@ class TrialActor(tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        ray.get(self._broker.stop.remote(self._job.id))
+        self._let_go()
         self._begin(new_config)
         return True
 
@@ -44,18 +44,24 @@ class TrialActor(tune.Trainable):
         raise AssertionError(event)
 
     def cleanup(self) -> None:
-        ray.get(self._broker.stop.remote(self._job.id))
+        self._let_go()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict:
         """Tune pauses the trial (Hyperband): the job ends after its epoch and keeps its own checkpoint."""
-        ray.get(self._broker.stop.remote(self._job.id))
+        self._let_go()
         return {"epoch": self.iteration}
 
     def load_checkpoint(self, checkpoint: dict | None) -> None:
-        """The job resumes from its own checkpoint when it is submitted again."""
-        ray.get(self._broker.submit.remote(self._job))
+        """The job resumed from its own checkpoint when it was submitted again."""
 
     def _begin(self, config: dict) -> None:
         self._broker = ray.get_actor(config["broker"])
         self._job: Job = config["job"]
         ray.get(self._broker.submit.remote(self._job))
+        self._holds_job = True
+
+    def _let_go(self) -> None:
+        """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""
+        if self._holds_job:
+            self._holds_job = False
+            ray.get(self._broker.stop.remote(self._job.id))

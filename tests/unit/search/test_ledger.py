@@ -182,11 +182,33 @@ def test_a_failed_trial_is_told_with_its_reason(search, last, error, reason):
     assert ledger.records()[0].reason == reason
 
 
-def test_an_interrupted_search_tells_nothing_and_asks_nothing(search):
+def test_an_interrupted_trial_stays_open_with_its_last_epoch_and_nothing_new_is_asked(search):
     searcher, ledger, recorder, interrupted = search
     searcher.suggest("t")
+    searcher.on_trial_result("t", result(1, 0.5, state="running"))
     interrupted.append(True)
-    searcher.on_trial_complete("t", result(1, 0.5, state="running"))
+    searcher.on_trial_complete("t", result(2, 0.6, state="running"))
     assert searcher.suggest("u") is None
     assert [record.state for record in ledger.records()] == ["running"]
-    assert recorder.events == [("started", 0)]
+    assert ledger.study.trials[0].intermediate_values == {1: 0.5, 2: 0.6}
+    assert [event[:3] for event in recorder.events] == [
+        ("started", 0),
+        ("reported", 0, 1),
+        ("reported", 0, 2),
+    ]
+
+
+def test_a_trial_that_ends_by_itself_in_an_interruption_is_told(search):
+    searcher, ledger, _, interrupted = search
+    searcher.suggest("t")
+    interrupted.append(True)
+    searcher.on_trial_complete("t", result(1, 0.5, state="completed"))
+    assert [record.state for record in ledger.records()] == ["completed"]
+
+
+def test_a_result_that_comes_twice_is_reported_once(search):
+    searcher, _, recorder, _ = search
+    searcher.suggest("t")
+    searcher.on_trial_result("t", result(1, 0.5, state="running"))
+    searcher.on_trial_complete("t", result(1, 0.5, state="running"))
+    assert [event[0] for event in recorder.events] == ["started", "reported", "ended"]
