@@ -170,20 +170,27 @@ def _provenance(search: Search) -> list[tuple[str, str]]:
 
 
 def _contender_table(contenders: Mapping[str, Mapping[str, float]]) -> Table | None:
-    """Test metrics side by side; the best of each row carries a star."""
+    """Test metrics side by side; the best of each row carries a star.
+
+    Losses come last and without one: each contender has its own, so they do not compare.
+    """
     names = [name for name in next(iter(contenders.values()), {}) if name.startswith("test/")]
+    names.sort(key=_is_loss)
     if not names:
         return None
     rows = []
     for name in names:
         values = [metrics.get(name, math.nan) for metrics in contenders.values()]
-        sign = -1 if "loss" in name or "distance" in name else 1
+        sign = -1 if "distance" in name else 1
         best = max((sign * value for value in values if not math.isnan(value)), default=math.nan)
-        cells = [
-            score(value) + (" ★" if sign * value == best and len(values) > 1 else "") for value in values
-        ]
+        starred = len(values) > 1 and not _is_loss(name)
+        cells = [score(value) + (" ★" if starred and sign * value == best else "") for value in values]
         rows.append([name.removeprefix("test/"), *cells])
     return Table(["on the test split", *contenders], rows)
+
+
+def _is_loss(name: str) -> bool:
+    return name.startswith("test/loss")
 
 
 def _trial_table(search: Search, trials: pd.DataFrame, by_rank: bool) -> Table:

@@ -23,7 +23,7 @@ from hiertune.search.capacity import GroupShape, groups_that_fit
 from hiertune.search.display import Display
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord
-from hiertune.search.listeners import Checkpoints, Curves, Listeners, TrackingListener
+from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
@@ -76,7 +76,7 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
         checkpoints = Checkpoints(folder)
-        listeners = Listeners([Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
+        listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         with _tracked(plan, tracker):
             with display, _cluster(display), _pool(plan) as pool:
                 display.resumed(ledger.ended())
@@ -262,6 +262,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
     before = [(logger, logger.propagate, logger.handlers[:]) for logger in loggers]
+    logging.getLogger("hiertune").setLevel(logging.INFO)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,8 @@ from hiertune.search.ledger import TrialRecord
 from hiertune.search.outputs import RunFolder
 from hiertune.space import flatten
 from hiertune.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -77,6 +80,26 @@ class Curves:
     def _append(self, rows: list[tuple]) -> None:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
+
+
+class Log:
+    """A line in the search's log for every trial that starts or ends."""
+
+    def trial_started(self, number: int, config: TrialConfig, params: dict) -> None:
+        logger.info("trial %d started: %s", number, params)
+
+    def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None: ...
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        logger.info(
+            "trial %d %s after %d epochs, objective %s, %.1f s%s",
+            record.number,
+            record.state,
+            record.epochs,
+            record.value,
+            record.seconds,
+            f": {record.reason}" if record.reason else "",
+        )
 
 
 class Checkpoints:

@@ -17,6 +17,7 @@ from hiertune.config import DataConfig
 from hiertune.data import HierarchicalDataset, open_dataset
 from hiertune.export import save_trained
 from hiertune.search.messages import Job
+from hiertune.train.checkpoint import remove_checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialFailed
 
@@ -42,6 +43,7 @@ def work(config: dict) -> None:
 
 def _train(job: Job, link: _Link) -> None:
     """Train one job. This is the only place where what goes wrong in a trial becomes its state."""
+    checkpoint = Path(job.folder) / "checkpoint"
     try:
         data = _dataset(job.config.data)
         outcome = run_trial(
@@ -51,7 +53,7 @@ def _train(job: Job, link: _Link) -> None:
             fit_on=job.fit_on,
             validate_on=job.validate_on,
             test_on=job.test_on,
-            checkpoint=Path(job.folder) / "checkpoint",
+            checkpoint=checkpoint,
             finish=(lambda model: save_trained(f"{job.folder}/model", model, job.config, data))
             if job.export
             else None,
@@ -69,6 +71,8 @@ def _train(job: Job, link: _Link) -> None:
             link.call("fail", link.number, _reason(error))
         raise
     if link.rank == 0:
+        if job.export:
+            remove_checkpoint(checkpoint)  # the model is saved; a trial's goes when its end is told
         link.call("finish", link.number, outcome)
 
 
