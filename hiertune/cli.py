@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 the search failed, 2 bad input and nothing started, 130 in
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +73,9 @@ def search(
         )
         sys.exit(1)
     except (SearchInterrupted, KeyboardInterrupt):
-        again = _again(space, runs, name, trials)
+        from hiertune.search.results import resume_command
+
+        again = resume_command(plan, trials)
         console.print(f"interrupted; go on with:\n  {escape(again)}", highlight=False, soft_wrap=True)
         sys.exit(130)
 
@@ -227,17 +227,3 @@ def import_table_command(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def _again(space: Path, runs: Path, name: str | None, trials: int | None) -> str:
-    """The command that goes on with this search."""
-    words = [os.path.basename(sys.argv[0]), "search", str(space), "--resume"]
-    if sys.argv[0].endswith(".py"):
-        words[:2] = ["python", "-m", "hiertune.search"]
-    if runs != Path("runs"):
-        words += ["--runs", str(runs)]
-    if name is not None:
-        words += ["--name", name]
-    if trials is not None:
-        words += ["--trials", str(trials)]
-    return shlex.join(words)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.plan import SearchPlan
-from hiertune.tracking import Delivery, display_uri, ui_command
+from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
 
 _LEADERBOARD_ROWS = 10
 
@@ -51,14 +53,29 @@ def print_results(
 
 
 def next_commands(plan: SearchPlan) -> dict[str, str]:
-    """What a user will want to type after a search."""
+    """What a user will want to type or open after a search."""
     folder = os.path.relpath(plan.folder.root)
+    command, page = ui_command(plan.tracking_uri), runs_page(plan.tracking_uri)
+    compare = "Compare the runs in MLflow"
     return {
-        "Compare the runs in MLflow": ui_command(plan.tracking_uri),
-        "Extend the search": f"{_program()} search {plan.space.file} --resume --trials {2 * plan.trials}",
-        "Use the model": f"{_program()} predict {folder}/model INPUT",
+        **({compare: page} if command is None else {compare: command, "  and open": page}),
+        "Extend the search": resume_command(plan, trials=2 * plan.trials),
+        "Use the model": f"{_program()} predict {shlex.quote(folder)}/model INPUT",
         "Read the report": f"{folder}/report.html",
     }
+
+
+def resume_command(plan: SearchPlan, trials: int | None = None) -> str:
+    """What to type to go on with this search."""
+    words = [_program(), "search", shlex.quote(str(plan.space.file)), "--resume"]
+    runs = plan.folder.root.parent
+    if runs != Path("runs").resolve():
+        words += ["--runs", shlex.quote(os.path.relpath(runs))]
+    if plan.config.name != plan.space.config.name:
+        words += ["--name", plan.config.name]
+    if trials is not None:
+        words += ["--trials", str(trials)]
+    return " ".join(words)
 
 
 def _program() -> str:

@@ -11,7 +11,7 @@ Only `store.py` imports mlflow, and only in the side process.
 
 from hiertune.tracking.spool import Delivery, delivery
 from hiertune.tracking.tracker import Tracker, sync
-from hiertune.tracking.uri import check_uri, display_uri, resolve_uri, ui_command
+from hiertune.tracking.uri import check_uri, display_uri, resolve_uri, runs_page, ui_command
 
 __all__ = [
     "Delivery",
@@ -20,6 +20,7 @@ __all__ = [
     "delivery",
     "display_uri",
     "resolve_uri",
+    "runs_page",
     "sync",
     "ui_command",
 ]

@@ -46,10 +46,10 @@ def check_uri(uri: str) -> None:
         raise _refusal(uri, "has no host", "http://HOST:PORT")
 
 
-def ui_command(uri: str) -> str:
-    """What to type to see the runs; for a server, its address."""
+def ui_command(uri: str) -> str | None:
+    """What to type to see the runs of a database; None for a server, which is there already."""
     if urlsplit(uri).scheme in ("http", "https"):
-        return display_uri(uri)
+        return None
     beside = Path(sys.executable).parent / "mlflow"
     found = shutil.which("mlflow")
     if found is not None and Path(found).resolve() == beside.resolve():
@@ -57,6 +57,15 @@ def ui_command(uri: str) -> str:
     else:
         program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
     return shlex.join([program, "ui", "--backend-store-uri", display_uri(uri)])
+
+
+def runs_page(uri: str) -> str:
+    """The page of the runs: of the server, or of `ui_command` for a database.
+
+    Without its last part MLflow 3 opens on the traces of language models.
+    """
+    server = display_uri(uri) if urlsplit(uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
+    return f"{server.rstrip('/')}/#/experiments?workflowType=machine_learning"
 
 
 def display_uri(uri: str) -> str:

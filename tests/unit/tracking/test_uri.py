@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hiertune.errors import InputError
-from hiertune.tracking import check_uri, display_uri, resolve_uri, ui_command
+from hiertune.tracking import check_uri, display_uri, resolve_uri, runs_page, ui_command
 from hiertune.tracking.uri import artifact_location
 
 
@@ -102,4 +102,10 @@ def test_ui_command_can_be_pasted(tmp_path, monkeypatch):
     assert ui_command(uri) == f"'my env/bin/mlflow' ui --backend-store-uri '{uri}'"
     monkeypatch.setenv("PATH", str(programs))
     assert ui_command(uri) == f"mlflow ui --backend-store-uri '{uri}'"
-    assert ui_command("http://h:5000") == "http://h:5000"
+    assert ui_command("http://h:5000") is None, "a server is there already"
+
+
+def test_the_page_of_the_runs_is_that_of_the_server_or_of_the_command(tmp_path):
+    part = "/#/experiments?workflowType=machine_learning"
+    assert runs_page("https://me:s3cret@h:5000/") == f"https://me:***@h:5000{part}"
+    assert runs_page(f"sqlite:///{tmp_path}/mlflow.db") == f"http://127.0.0.1:5000{part}"
