@@ -53,9 +53,9 @@ class LedgerSearcher(Searcher):
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
 
-    def suggest(self, trial_id: str) -> dict | None:
+    def suggest(self, trial_id: str) -> dict | str:  # type: ignore[override]  # FINISHED is a str
         if self._interrupted():
-            return None
+            return Searcher.FINISHED
         trial = self._ledger.next_trial()
         config = self._suggest(trial)
         self._ledger.begin(trial)

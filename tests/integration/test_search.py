@@ -165,7 +165,7 @@ def test_one_seed_gives_the_same_trials_and_numbers(hiertune, write_space, tmp_p
 
 def test_an_interrupted_search_is_resumed_without_loss(start_hiertune, hiertune, write_space, tmp_path):
     run = tmp_path / "runs" / "small"
-    space = write_space("scheduler: {kind: none}", trials=4, epochs=150)
+    space = write_space("scheduler: {kind: none}", trials=4, epochs=60)
     process = start_hiertune("search", space)
     _wait_for(lambda: (run / "curves.csv").exists() and "\n1,3," in (run / "curves.csv").read_text(), process)
     process.send_signal(signal.SIGINT)
@@ -190,8 +190,8 @@ def test_an_interrupted_search_is_resumed_without_loss(start_hiertune, hiertune,
             for row in csv.DictReader(file)
             if (row["trial"], row["metric"]) == ("1", "train/loss")
         ]
-    assert sorted(set(epochs)) == list(range(1, 151))
-    assert len(epochs) <= 151, "at most the epoch of the interruption is trained twice"
+    assert sorted(set(epochs)) == list(range(1, 61))
+    assert len(epochs) <= 61, "at most the epoch of the interruption is trained twice"
 
 
 def _wait_for(condition, process, timeout_s=180):

@@ -188,7 +188,7 @@ def test_an_interrupted_trial_stays_open_with_its_last_epoch_and_nothing_new_is_
     searcher.on_trial_result("t", result(1, 0.5, state="running"))
     interrupted.append(True)
     searcher.on_trial_complete("t", result(2, 0.6, state="running"))
-    assert searcher.suggest("u") is None
+    assert searcher.suggest("u") == "FINISHED"
     assert [record.state for record in ledger.records()] == ["running"]
     assert ledger.study.trials[0].intermediate_values == {1: 0.5, 2: 0.6}
     assert [event[:3] for event in recorder.events] == [
