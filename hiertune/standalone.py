@@ -13,7 +13,8 @@ from hiertune.data import open_dataset
 from hiertune.errors import InputError
 from hiertune.export import save_trained
 from hiertune.space import load_config
-from hiertune.train import Decision, EpochResult, TrialOutcome, run_trial
+from hiertune.train.loop import run_trial
+from hiertune.train.result import Decision, EpochResult, TrialOutcome
 
 
 def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> TrialOutcome:

@@ -11,7 +11,7 @@ import ray
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Only handles and epoch results travel through Ray; each worker reads the data from its file."""
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # How soon a lost worker is noticed, and how soon a group that went home is gone.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -26,11 +26,12 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "5",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+"""What is set for a search, unless the user has set it."""
 
 
 def connect() -> None:
     """Join the cluster of this environment (`ray job submit` sets RAY_ADDRESS), or start Ray here."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:

@@ -1,8 +1,9 @@
-"""What passes between the driver, the trial actors and the workers. Plain values; no Ray."""
+"""What passes between the driver, the trial actors and the workers. Plain values; loads without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hiertune.config import TrialConfig
 from hiertune.train.result import EpochResult, TrialOutcome
@@ -22,6 +23,15 @@ class Job:
     export: bool = False
     max_failures: int = 3
     """How often it may lose its workers before it counts as failed."""
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What the workers of a group are told at their start."""
+
+    group: str
+    broker: Any
+    """Handle of the broker actor."""
 
 
 @dataclass(frozen=True)

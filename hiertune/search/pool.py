@@ -17,8 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
-from hiertune.search.messages import Event, Failed, Finished, Job
-from hiertune.search.worker import WorkerSetup, work
+from hiertune.search.messages import Event, Failed, Finished, Job, WorkerSetup
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class WorkerPool:
 
     def _trainer(self, group: str) -> TorchTrainer:
         return TorchTrainer(
-            work,
+            _work,
             train_loop_config={"setup": WorkerSetup(group, self.broker)},
             torch_config=TorchConfig(backend="nccl" if self._shape.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
@@ -114,6 +113,13 @@ class WorkerPool:
                 worker_runtime_env={"env_vars": worker_environment()},  # type: ignore[call-arg]  # of Train V2
             ),
         )
+
+
+def _work(config: dict) -> None:
+    # Imported here: Ray Train's controller unpickles this function too, and the workers wait for it.
+    from hiertune.search.worker import work
+
+    work(config)
 
 
 def worker_environment() -> dict[str, str]:

@@ -16,18 +16,12 @@ import torch.distributed as dist
 from hiertune.config import DataConfig
 from hiertune.data import HierarchicalDataset, open_dataset
 from hiertune.export import save_trained
-from hiertune.search.messages import Job
+from hiertune.search.messages import Job, WorkerSetup
 from hiertune.train.checkpoint import remove_checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialFailed
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerSetup:
-    group: str
-    broker: ray.actor.ActorHandle
 
 
 def work(config: dict) -> None:

@@ -48,8 +48,9 @@ from hiertune.gradnorm import update_weights
 from hiertune.losses import TaxonomySmoothing, build_losses, level_losses
 from hiertune.models import build_model
 from hiertune.taxonomy import Taxonomy
-from hiertune.train import Decision, EpochResult, run_trial
 from hiertune.train.batches import BatchPlan
+from hiertune.train.loop import run_trial
+from hiertune.train.result import Decision, EpochResult
 from hiertune.train.workers import Workers
 
 SIX_LEVELS = (2, 30, 60, 130, 280, 1239)

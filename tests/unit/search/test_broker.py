@@ -1,6 +1,8 @@
 """The broker is plain asyncio: here the trial actor and the workers are coroutines of one process."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -260,3 +262,11 @@ def test_when_workers_cannot_start_every_job_fails_with_the_cause():
         assert await broker.advance("after") == Failed("no module")
 
     run(scenario)
+
+
+def test_what_ray_starts_first_loads_without_torch():
+    """The broker and the trial actors start while the workers import torch on the same cores."""
+    for module in ("hiertune.search.broker", "hiertune.search.trainable"):
+        code = f"import sys, {module}; print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "False\n", done.stderr

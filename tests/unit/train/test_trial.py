@@ -24,9 +24,10 @@ from hiertune.config import (
 from hiertune.data import HierarchicalDataset, MemoryInputs
 from hiertune.errors import InputError
 from hiertune.models import build_model
-from hiertune.train import TrialFailed, run_trial
 from hiertune.train.batches import BatchPlan
 from hiertune.train.checkpoint import CheckpointClock
+from hiertune.train.loop import run_trial
+from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
 from hiertune.train.workers import Workers
 

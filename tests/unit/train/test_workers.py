@@ -19,7 +19,7 @@ from hiertune.config import (
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
 from hiertune.models import build_model
-from hiertune.train import TrialFailed
+from hiertune.train.result import TrialFailed
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from hiertune.train import Decision, run_trial
+from hiertune.train.loop import run_trial
+from hiertune.train.result import Decision
 
 
 class Killed(Exception):
