@@ -1,15 +1,20 @@
 """The plain way to search: a TorchTrainer started inside a Tune function, as Ray's own guide shows.
 
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html. The workers train
-by the same `run_trial` on the same data, so that only what surrounds a trial differs.
+by the same `run_trial` on the same data, so that only what surrounds a trial differs. Ray runs with its
+own defaults here, not with those that hiertune sets for its searches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ray
 import ray.train
 from ray import tune
 from ray.train import RunConfig, ScalingConfig
@@ -18,6 +23,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from hiertune.config import TrialConfig
 from hiertune.data import open_dataset
+from hiertune.search import cluster
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult
 
@@ -43,14 +49,32 @@ def seconds_of_plain_trials(trials: list[PlainTrial], workers: int, storage: str
         def __getstate__(self) -> dict:  # for Tune's snapshot
             return {}
 
-    tune.Tuner(
+    with _ray_as_it_comes():
+        _tuner(trials, workers, storage, Clock()).fit()
+    return [later - earlier for earlier, later in itertools.pairwise(starts)]
+
+
+@contextlib.contextmanager
+def _ray_as_it_comes() -> Iterator[None]:
+    """A Ray of this machine without hiertune's settings; but for Train V2, which the guide is written for."""
+    ours = {name: os.environ.pop(name) for name in cluster.ENVIRONMENT if name in os.environ}
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        os.environ.update(ours)
+
+
+def _tuner(trials: list[PlainTrial], workers: int, storage: str, clock: tune.Callback) -> tune.Tuner:
+    return tune.Tuner(
         # Without this a trial asks for a CPU of its own, and on a small machine its workers never fit.
         tune.with_resources(_driver, tune.PlacementGroupFactory([{"memory": 1}])),
         param_space={"trial": tune.grid_search(trials), "workers": workers, "storage": storage},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
-        run_config=tune.RunConfig(name="plain", storage_path=storage, verbose=0, callbacks=[Clock()]),
-    ).fit()
-    return [later - earlier for earlier, later in itertools.pairwise(starts)]
+        run_config=tune.RunConfig(name="plain", storage_path=storage, verbose=0, callbacks=[clock]),
+    )
 
 
 def _driver(config: dict) -> None:

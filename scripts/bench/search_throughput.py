@@ -15,12 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import ray
 from _bench import Figure, show
 from _plain import PlainTrial, seconds_of_plain_trials
 from rich.console import Console
 
-from hiertune.search import cluster
 from hiertune.search.driver import run_search
 from hiertune.search.ledger import Ledger
 from hiertune.search.plan import SearchPlan, plan_search
@@ -61,11 +59,7 @@ def _plain(plan: SearchPlan, ledger: Ledger, sample: int, folder: str) -> list[f
     trials = [
         PlainTrial(plan.located(plan.space.resolve(records[i].params)), records[i].epochs) for i in places
     ]
-    cluster.connect()
-    try:
-        return seconds_of_plain_trials(trials, plan.config.search.workers_per_trial, folder)
-    finally:
-        ray.shutdown()
+    return seconds_of_plain_trials(trials, plan.config.search.workers_per_trial, folder)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import ray
 from _bench import Figure, show
 from _plain import PlainTrial, seconds_of_plain_trials
 from rich.console import Console
 
 from hiertune import Taxonomy
 from hiertune.data import write_dataset
-from hiertune.search import cluster
 from hiertune.search.driver import run_search
 from hiertune.search.ledger import Ledger
 from hiertune.search.plan import SearchPlan, plan_search
@@ -93,11 +91,7 @@ def _seconds_between_trials(plan: SearchPlan) -> list[float]:
 
 def _plain(plan: SearchPlan, trials: int, folder: str) -> list[float]:
     config = plan.located(plan.space.defaults())
-    cluster.connect()
-    try:
-        return seconds_of_plain_trials([PlainTrial(config, 3)] * trials, workers=2, storage=folder)
-    finally:
-        ray.shutdown()
+    return seconds_of_plain_trials([PlainTrial(config, 3)] * trials, workers=2, storage=folder)
 
 
 if __name__ == "__main__":
