@@ -134,8 +134,7 @@ class Broker:
         self._broken = reason
         self._waiting.clear()
         for run in self._runs.values():
-            if not run.released.is_set():
-                run.end(Failed(reason))
+            run.end(Failed(reason))
 
     # ------------------------------------------------------------------- the workers' side
 

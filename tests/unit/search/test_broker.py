@@ -270,3 +270,73 @@ def test_what_ray_starts_first_loads_without_torch():
         code = f"import sys, {module}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout == "False\n", done.stderr
+
+
+def test_a_waiter_of_a_lost_group_passes_the_job_on_to_another_group():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("lost", "a")
+        await broker.open_generation("idle", "b")
+        dead = asyncio.create_task(broker.take("lost", "a", 0, 0))
+        await settle()
+        alive = asyncio.create_task(broker.take("idle", "b", 0, 0))
+        await settle()
+        await broker.lost("lost")
+        await broker.submit(job("t"))
+        assert (await alive).id == "t"
+        with pytest.raises(StaleGeneration):
+            await dead
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", ["restarted", "gone"])
+def test_a_job_that_lost_its_workers_goes_before_those_that_wait(how):
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "old")
+        await broker.submit(job("begun"))
+        await broker.submit(job("waiting"))
+        await broker.take("g", "old", 0, 0)
+        if how == "gone":
+            await broker.lost("g")
+        await broker.open_generation("g", "new")
+        assert (await broker.take("g", "new", 0, 0)).id == "begun"
+
+    run(scenario)
+
+
+def test_an_abort_fails_what_waits_and_leaves_what_has_ended():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("done"))
+        await broker.submit(job("waiting"))
+        await broker.take("g", "a", 0, 0)
+        await broker.finish("g", "a", 0, OUTCOME)
+        await broker.abort("no workers")
+        assert await broker.advance("done") == Finished(OUTCOME)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(broker.advance("done"), 0.01)
+        assert await broker.advance("waiting") == Failed("no workers")
+        idle = asyncio.create_task(broker.take("g", "a", 0, 1))
+        await settle()
+        assert not idle.done()  # a failed job is not handed out
+        idle.cancel()
+
+    run(scenario)
+
+
+def test_after_a_stop_the_submitter_hears_nothing_more():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        await broker.stop("t")
+        assert await broker.report("g", "a", 0, 0, epoch(1)) is Decision.STOP
+        await broker.finish("g", "a", 0, OUTCOME)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(broker.advance("t"), 0.01)
+
+    run(scenario)
