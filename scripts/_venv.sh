@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with the tested versions, once, and enters it.
+# Sourced by the other scripts: makes .venv with the tested versions, once.
 # $1: extras of pyproject.toml to install ("" or "test").
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,5 +19,4 @@ PY
             -c constraints.txt -e ".${extras:+[$extras]}"
         echo "$wanted" >"$stamp"
     fi
-    PATH="$PWD/.venv/bin:$PATH"
 }

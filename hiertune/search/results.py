@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hiertune._programs import as_typed
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.plan import SearchPlan
 from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
@@ -60,14 +59,14 @@ def next_commands(plan: SearchPlan) -> dict[str, str]:
     return {
         **({compare: page} if command is None else {compare: command, "  and open": page}),
         "Extend the search": resume_command(plan, trials=2 * plan.trials),
-        "Use the model": f"{_program()} predict {shlex.quote(folder)}/model INPUT",
+        "Use the model": f"{as_typed('hiertune')} predict {shlex.quote(folder)}/model INPUT",
         "Read the report": f"{folder}/report.html",
     }
 
 
 def resume_command(plan: SearchPlan, trials: int | None = None) -> str:
     """What to type to go on with this search."""
-    words = [_program(), "search", shlex.quote(str(plan.space.file)), "--resume"]
+    words = [as_typed("hiertune"), "search", shlex.quote(str(plan.space.file)), "--resume"]
     runs = plan.folder.root.parent
     if runs != Path("runs").resolve():
         words += ["--runs", shlex.quote(os.path.relpath(runs))]
@@ -76,11 +75,6 @@ def resume_command(plan: SearchPlan, trials: int | None = None) -> str:
     if trials is not None:
         words += ["--trials", str(trials)]
     return " ".join(words)
-
-
-def _program() -> str:
-    """How this program was called: by its console script, or as a module."""
-    return "hiertune" if shutil.which("hiertune") else f"{os.path.relpath(sys.executable)} -m hiertune"
 
 
 def _verdict(label: str, against: dict[str, Any]) -> str:

@@ -6,11 +6,10 @@ import importlib.metadata
 import os
 import re
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from hiertune._programs import as_typed
 from hiertune.errors import InputError
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -50,13 +49,7 @@ def ui_command(uri: str) -> str | None:
     """What to type to see the runs of a database; None for a server, which is there already."""
     if urlsplit(uri).scheme in ("http", "https"):
         return None
-    beside = Path(sys.executable).parent / "mlflow"
-    found = shutil.which("mlflow")
-    if found is not None and Path(found).resolve() == beside.resolve():
-        program = "mlflow"
-    else:
-        program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-    return shlex.join([program, "ui", "--backend-store-uri", display_uri(uri)])
+    return f"{as_typed('mlflow')} ui --backend-store-uri {shlex.quote(display_uri(uri))}"
 
 
 def runs_page(uri: str) -> str:

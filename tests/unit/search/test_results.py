@@ -31,7 +31,7 @@ def plan(tmp_path, runs="runs", name="it"):
 )
 def test_the_command_that_resumes(tmp_path, monkeypatch, options, trials, command):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results, "_program", lambda: "hiertune")
+    monkeypatch.setattr(results, "as_typed", lambda name: name)
     assert results.resume_command(plan(tmp_path, **options), trials) == command
 
 
