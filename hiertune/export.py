@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -326,12 +326,13 @@ def predict_file(folder: str | Path, source: str | Path, out: str | Path | None 
     predictor = load_model(folder)
     blocks = _blocks(Path(source), predictor)
     with _output(out) as file:
+        first = list(islice(blocks, 1))  # a file that can't be read is told before anything is printed
         writer = csv.writer(file, lineterminator="\n")
         levels = predictor.taxonomy.levels
         writer.writerow(
             ["id", *(text for level in levels for text in (level, f"{level}_probability")), "path"]
         )
-        for ids, inputs in blocks:
+        for ids, inputs in chain(first, blocks):
             prediction = _predict_block(predictor, ids, inputs, source)
             rows = zip(ids, prediction.names, prediction.confidences, prediction.path_names, strict=True)
             for name, names, confidences, path in rows:

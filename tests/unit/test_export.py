@@ -312,6 +312,13 @@ def test_fasta(tmp_path, model_folder, name):
     assert read_table(tmp_path / "out.csv") == expected_table(model_folder, SEQUENCES, x)
 
 
+def test_of_a_file_that_cannot_be_read_nothing_is_printed(tmp_path, model_folder, capsys):
+    for name in ("none.npy", "none.csv", "none.h5"):
+        with pytest.raises(InputError):
+            predict_file(model_folder, tmp_path / name)
+    assert capsys.readouterr().out == ""
+
+
 def test_standard_output(tmp_path, model_folder, capsys):
     np.save(tmp_path / "x.npy", inputs(1).numpy())
     predict_file(model_folder, tmp_path / "x.npy")
