@@ -75,7 +75,7 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        checkpoints = Checkpoints(folder)
+        checkpoints = Checkpoints(folder, ledger.ended())
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         with _tracked(plan, tracker):
             with display, _cluster(display), _pool(plan) as pool:
@@ -261,13 +261,14 @@ def _logging_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
-    before = [(logger, logger.propagate, logger.handlers[:]) for logger in loggers]
+    before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     logging.getLogger("hiertune").setLevel(logging.INFO)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        for logger, propagate, handlers in before:
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
             logger.propagate, logger.handlers = propagate, handlers
         handler.close()

@@ -109,9 +109,10 @@ class Checkpoints:
     of the next one, and the last one's with the search.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, ended: list[TrialRecord]) -> None:
+        """`ended`: trials of an interrupted search, whose last ones had no time to be swept."""
         self._folder = folder
-        self._ended: list[int] = []
+        self._ended = [record.number for record in ended]
 
     def trial_started(self, number: int, config: TrialConfig, params: dict) -> None: ...
 

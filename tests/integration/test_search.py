@@ -192,6 +192,7 @@ def test_an_interrupted_search_is_resumed_without_loss(start_hiertune, hiertune,
         ]
     assert sorted(set(epochs)) == list(range(1, 61))
     assert len(epochs) <= 61, "at most the epoch of the interruption is trained twice"
+    assert not [path for path in run.rglob("checkpoint*") if ".ray" not in path.parts], "all are spent"
 
 
 def _wait_for(condition, process, timeout_s=180):
