@@ -68,6 +68,59 @@ class MLPConfig(Config):
     """Shift and scale every input by its mean and deviation over the training rows."""
 
 
+class AugmentConfig(Config):
+    """Random changes of training images; what a row gets depends on seed, epoch and row alone."""
+
+    crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
+    """Bounds of the share of the image's area that is cut out and resized; [1, 1] cuts nothing."""
+    flip: Fraction = 0.0
+    """Probability of mirroring left and right."""
+    color_jitter: NonNegative = 0.0
+    """Strength of random changes of brightness, contrast and saturation."""
+    policy: Literal["none", "rand_augment", "trivial_augment", "auto_augment"] = "none"
+    """A policy of torchvision's, with its own defaults."""
+    erasing: Fraction = 0.0
+    """Probability of erasing a random rectangle."""
+
+    @field_validator("crop_scale", mode="before")
+    @classmethod
+    def _from_list(cls, bounds):
+        return tuple(bounds) if isinstance(bounds, list) else bounds
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < bounds[0] <= bounds[1]:
+            raise ValueError("must be two numbers above 0, the smaller one first")
+        return bounds
+
+
+class TimmConfig(Config):
+    kind: Literal["timm"] = "timm"
+    name: str
+    """A model of timm's (`timm.list_models()`), such as `resnet18` or `vit_small_patch16_224.dino`."""
+    pretrained: bool = False
+    """Start from the weights that timm downloads for this name."""
+    weights: str | None = None
+    """Start from the weights in this file (.safetensors, or .pth of tensors only), instead of timm's."""
+    image_size: PositiveInt | None = None
+    """Height and width that images are resized to; by default what the model was trained with."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the pooled features."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of skipping a residual branch, where the model has such."""
+    frozen: bool = False
+    """Train only what follows the backbone. Without augmentation its features are computed once per
+    data set, and all trials of a search train on them."""
+    hidden: list[PositiveInt] = []
+    """Widths of further layers (linear, ReLU, dropout) between the pooled features and the heads."""
+    feature_length: NonNegative = 0.0
+    """Scale every row's features to this Euclidean length; 0 leaves them as they are."""
+    channels_last: bool = True
+    """Memory format of the images: the faster one for convolutions."""
+    augment: AugmentConfig = AugmentConfig()
+
+
 class IdentityConfig(Config):
     kind: Literal["identity"] = "identity"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -76,7 +129,7 @@ class IdentityConfig(Config):
     """Shift and scale every input by its mean and deviation over the training rows."""
 
 
-BackboneConfig = Annotated[MLPConfig | IdentityConfig, Field(discriminator="kind")]
+BackboneConfig = Annotated[MLPConfig | IdentityConfig | TimmConfig, Field(discriminator="kind")]
 
 
 class LinearHeadConfig(Config):
@@ -97,13 +150,44 @@ class ConditionalHeadConfig(Config):
     """`hard` takes the parent's argmax in evaluation only; `gumbel` samples in training only."""
     temperature: Positive = 1.0
     """Divides the parent's logits in routing; has no effect on `hard` in evaluation."""
+    final_temperature: Positive | None = None
+    """Temperature at the end of training, in evaluation after it, and in the exported model, where it is
+    to change; by default it stays."""
+    temperature_schedule: Literal["linear", "cosine", "exponential"] = "exponential"
+    """How the temperature goes from `temperature` to `final_temperature` over all steps."""
     bias: bool = True
     floor: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-10
     """Added to the parent's probability before its logarithm: no class is ever ruled out."""
 
 
+class PathSoftmaxConfig(Config):
+    kind: Literal["path_softmax"] = "path_softmax"
+    """Normalised among siblings: a class's probability is the product along its path."""
+    bias: bool = True
+
+
+LevelHeadConfig = Annotated[
+    LinearHeadConfig | HierarchicalSoftmaxConfig | ConditionalHeadConfig | PathSoftmaxConfig,
+    Field(discriminator="kind"),
+]
+
+
+class MixedHeadConfig(Config):
+    kind: Literal["mixed"] = "mixed"
+    """Levels differ in how they refine their logits."""
+    default: LevelHeadConfig = HierarchicalSoftmaxConfig()
+    """The head of every level that `levels` does not name."""
+    levels: dict[str, LevelHeadConfig]
+    """The head of single levels, by name."""
+
+
 HeadConfig = Annotated[
-    LinearHeadConfig | HierarchicalSoftmaxConfig | ConditionalHeadConfig, Field(discriminator="kind")
+    LinearHeadConfig
+    | HierarchicalSoftmaxConfig
+    | ConditionalHeadConfig
+    | PathSoftmaxConfig
+    | MixedHeadConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -134,6 +218,17 @@ class CrossEntropyConfig(Config):
     class_weights: ClassWeightsConfig = ClassWeightsConfig()
 
 
+class LevelSmoothingConfig(Config):
+    """What differs at one level."""
+
+    enabled: bool = True
+    """Off: plain cross-entropy at this level."""
+    alpha: Fraction | None = None
+    """By default that of all levels."""
+    beta: NonNegative | None = None
+    """By default that of all levels."""
+
+
 class TaxonomySmoothingConfig(Config):
     kind: Literal["taxonomy_smoothing"] = "taxonomy_smoothing"
     alpha: Fraction = 0.1
@@ -144,6 +239,11 @@ class TaxonomySmoothingConfig(Config):
     """Classes without a parent spread their mass evenly over all others."""
     fallback_to_uniform: bool = True
     """Levels where no class has a parent are smoothed evenly; off: not at all."""
+    clade_share: Fraction = 1.0
+    """Share of `alpha` that stays among classes under the same top-level class; the rest goes evenly to all
+    others (partial subtree weighting, for forests of several root clades)."""
+    levels: dict[str, LevelSmoothingConfig] = {}
+    """What differs at single levels, by name."""
     class_weights: ClassWeightsConfig = ClassWeightsConfig()
 
 
@@ -167,6 +267,27 @@ class FixedConfig(Config):
         return weights
 
 
+class ExcludeConfig(Config):
+    """Parameters that GradNorm's norm leaves out: those that any entry matches."""
+
+    names: list[str] = []
+    """Whole parts of a parameter's dotted name, such as `layers.0` or `bias`: `head` is not `multihead`."""
+    patterns: list[str] = []
+    """Regular expressions, searched in the name."""
+    types: list[str] = []
+    """Classes of the module that owns the parameter, such as `LayerNorm`."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _valid_patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
 class GradNormConfig(Config):
     kind: Literal["gradnorm"] = "gradnorm"
     alpha: NonNegative = 1.5
@@ -175,13 +296,136 @@ class GradNormConfig(Config):
     """Share of the way to the balanced weights that one update goes, in log space."""
     interval: PositiveInt = 10
     """Optimiser steps between updates."""
-    at: Literal["features", "last_layer"] = "features"
-    """Where gradients are measured: at the shared features, or at the last shared layer's weight."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps before the first update."""
+    accumulate: bool = False
+    """Measure over all forward passes of a step (see `train.accumulation`), not over the last one."""
+    initial_weights: Literal["equal", "inverse_density", "class_complexity"] = "equal"
+    """Before the first update: 1; 1 / share of training rows with a known label; or that times
+    log(classes) / log(most classes of a level). Scaled to sum to the number of levels."""
+    at: Literal["features", "last_layer", "backbone"] = "features"
+    """Where gradients are measured: at the shared features, at the last shared layer's weight (the paper's
+    choice), or at all parameters of the backbone (one backward pass through it per level)."""
+    exclude: ExcludeConfig = ExcludeConfig()
+    """Parameters left out, with `last_layer` (the last one that is not) and `backbone`."""
     linear_heads: bool = True
     """Measure the plain linear logits, before any refinement by the head."""
 
 
-WeightingConfig = Annotated[EqualConfig | FixedConfig | GradNormConfig, Field(discriminator="kind")]
+class UncertaintyConfig(Config):
+    kind: Literal["uncertainty"] = "uncertainty"
+    """Learned from each level's loss: exp(-s) * loss + s / 2 (Kendall et al., CVPR 2018)."""
+    lr: Positive = 0.01
+    """Learning rate of every `s` (Adam)."""
+
+
+class DWAConfig(Config):
+    kind: Literal["dwa"] = "dwa"
+    """From how fast each level's loss fell over the last two epochs (Liu et al., CVPR 2019)."""
+    temperature: Positive = 2.0
+    """Above 1 evens the weights out."""
+
+
+WeightingConfig = Annotated[
+    EqualConfig | FixedConfig | GradNormConfig | UncertaintyConfig | DWAConfig, Field(discriminator="kind")
+]
+
+# ----------------------------------------------------------------------- mixing, unknown labels
+
+
+class ConstantProbability(Config):
+    kind: Literal["constant"] = "constant"
+    value: Fraction = 1.0
+
+
+class _Ramp(Config):
+    start: Fraction
+    end: Fraction
+    begin: Fraction = 0.0
+    """Share of the training at which it leaves `start`."""
+    until: Fraction = 1.0
+    """Share of the training at which it reaches `end`."""
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.begin > self.until:
+            raise ValueError(f"begin ({self.begin}) must not be above until ({self.until})")
+        return self
+
+
+class LinearProbability(_Ramp):
+    kind: Literal["linear"] = "linear"
+
+
+class CosineProbability(_Ramp):
+    kind: Literal["cosine"] = "cosine"
+
+
+ProbabilityConfig = Annotated[
+    ConstantProbability | LinearProbability | CosineProbability, Field(discriminator="kind")
+]
+
+
+class NoMixConfig(Config):
+    kind: Literal["none"] = "none"
+
+
+class _MixConfig(Config):
+    level: str | None = None
+    """Only rows of one class of this level are mixed; by default the finest, where labels stay certain."""
+    probability: ProbabilityConfig = ConstantProbability()
+    """Of mixing a batch."""
+    min_group_size: Annotated[int, Field(ge=2)] = 4
+    """Rows of classes with fewer training rows are trained as they are."""
+    exclude_unknown: bool = True
+    """Rows with an unknown label at any level are trained as they are."""
+
+
+class MixupConfig(_MixConfig):
+    kind: Literal["mixup"] = "mixup"
+    """Blend two rows (Zhang et al., 2018)."""
+    alpha: Positive = 1.0
+    """The share of a row is drawn from Beta(alpha, alpha), once per batch."""
+
+
+class CutmixConfig(_MixConfig):
+    kind: Literal["cutmix"] = "cutmix"
+    """Paste a rectangle of one image into another (Yun et al., 2019)."""
+    alpha: Positive = 1.0
+    """The area that stays is drawn from Beta(alpha, alpha), once per batch."""
+
+
+class MixupOrCutmixConfig(_MixConfig):
+    kind: Literal["mixup_or_cutmix"] = "mixup_or_cutmix"
+    """One of the two for each batch."""
+    mixup_alpha: Positive = 1.0
+    cutmix_alpha: Positive = 1.0
+    cutmix_share: Fraction = 0.5
+    """Probability of cutmix."""
+
+
+MixConfig = Annotated[
+    NoMixConfig | MixupConfig | CutmixConfig | MixupOrCutmixConfig, Field(discriminator="kind")
+]
+
+
+class MaskUnknownConfig(Config):
+    kind: Literal["mask"] = "mask"
+    """Unknown labels count for nothing: a level's loss is the mean over its known labels."""
+
+
+class UnknownOutcomeConfig(Config):
+    kind: Literal["outcome"] = "outcome"
+    """Levels with unknown labels get one more outcome, "unknown", to be predicted like a class."""
+    levels: list[str] | None = None
+    """Which levels; by default all that have unknown labels in training."""
+    masked: Fraction = 0.0
+    """Share of the training, from its start, in which unknown labels count for nothing (phase one)."""
+    probability: ProbabilityConfig = ConstantProbability()
+    """Of counting an unknown label, after that."""
+
+
+UnknownConfig = Annotated[MaskUnknownConfig | UnknownOutcomeConfig, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------------------------- optimisation
 
@@ -191,6 +435,8 @@ class AdamWConfig(Config):
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it."""
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -204,6 +450,8 @@ class SGDConfig(Config):
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self):
@@ -255,6 +503,8 @@ class TrialConfig(Config):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = CrossEntropyConfig()
     weighting: WeightingConfig = EqualConfig()
+    mix: MixConfig = NoMixConfig()
+    unknown: UnknownConfig = MaskUnknownConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     train: TrainConfig = TrainConfig()

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from hiertune.config import MLPConfig, ModelConfig
+from hiertune.config import IdentityConfig, MLPConfig, ModelConfig
 from hiertune.models.backbones import MLP, Identity, Standardization
 from hiertune.models.head import HierarchicalHead
 from hiertune.taxonomy import Taxonomy
@@ -60,8 +60,14 @@ def build_model(
     backbone: MLP | Identity
     if isinstance(config.backbone, MLPConfig):
         backbone = MLP(in_features, config.backbone, standardization)
-    else:
+    elif isinstance(config.backbone, IdentityConfig):
         backbone = Identity(in_features, config.backbone, standardization)
+    else:
+        raise NotImplementedError(config.backbone.kind)
     # the head's settings bear the names of its arguments
-    head = HierarchicalHead(backbone.out_features, taxonomy, **config.head.model_dump())
+    head = HierarchicalHead(
+        backbone.out_features,
+        taxonomy,
+        **config.head.model_dump(exclude={"final_temperature", "temperature_schedule"}),
+    )
     return HierarchicalClassifier(backbone, head)

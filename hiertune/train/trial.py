@@ -252,7 +252,8 @@ class Trial:
 def _build_model(
     config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...]
 ) -> HierarchicalClassifier:
-    statistics = standardization(data, fit_on) if config.model.backbone.standardize else None
+    wanted = getattr(config.model.backbone, "standardize", False)
+    statistics = standardization(data, fit_on) if wanted else None
     return build_model(config.model, data.taxonomy, tuple(data.inputs.shape[1:]), statistics)
 
 

@@ -617,7 +617,7 @@ def test_a_dumped_config_is_readable():
         (
             f"{BASE}search: {{trials: 3}}",
             "FILE:3: search: is part of a space, not of a config: give this file to `hiertune search`\n"
-            "  allowed: name, data, model, loss, weighting, optimizer, schedule, train",
+            "  allowed: name, data, model, loss, weighting, mix, unknown, optimizer, schedule, train",
         ),
         (
             f"{BASE}train: {{epochs: 0}}",
