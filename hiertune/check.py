@@ -15,8 +15,11 @@ from hiertune.config import (
     GradNormConfig,
     IdentityConfig,
     MedianConfig,
+    MixupConfig,
     MLPConfig,
+    NoMixConfig,
     TrialConfig,
+    UnknownOutcomeConfig,
 )
 from hiertune.space import Resolved, Space
 
@@ -71,6 +74,8 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
     _check_weights(corners, dataset.levels, problems)
     _check_batch_size(corners, len(dataset.rows("train")), problems)
     _check_shared_layer(corners, problems)
+    _check_mix(corners, dataset, problems)
+    _check_unknown(corners, dataset.levels, problems)
     _check_device(corners, gpu, problems)
     problems.raise_any()
 
@@ -192,6 +197,52 @@ def _check_shared_layer(corners: list[Resolved], problems: Problems) -> None:
 
 def _measures_last_layer(config: TrialConfig) -> bool:
     return isinstance(config.weighting, GradNormConfig) and config.weighting.at == "last_layer"
+
+
+def _check_mix(corners: list[Resolved], dataset: HierarchicalDataset, problems: Problems) -> None:
+    for corner in corners:
+        mix = corner.config.mix
+        if isinstance(mix, NoMixConfig):
+            continue
+        if mix.level is not None and mix.level not in dataset.levels:
+            problem = f"the data has no level '{mix.level}'{nearest(mix.level, dataset.levels)}"
+            _add(problems, corner, ("mix", "level"), problem, ", ".join(dataset.levels))
+        if not isinstance(mix, MixupConfig) and len(dataset.inputs.shape) != 4:
+            problem = f"'{mix.kind}' cuts rectangles out of images, and the data has features"
+            _add(problems, corner, ("mix", "kind"), problem, "none, mixup")
+
+
+def _check_unknown(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
+    for corner in corners:
+        unknown = corner.config.unknown
+        named = unknown.levels or () if isinstance(unknown, UnknownOutcomeConfig) else ()
+        for level in named:
+            if level not in levels:
+                problem = f"the data has no level '{level}'{nearest(level, levels)}"
+                _add(problems, corner, ("unknown", "levels"), problem, ", ".join(levels))
+
+
+def warnings_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -> list[str]:
+    """What can be trained, but is seldom meant: one sentence each, with the line where there is one."""
+    corners = list(target.corners()) if isinstance(target, Space) else [Resolved(target, {})]
+    finest = dataset.levels[-1]
+    found: dict[str, None] = {}
+    for corner in corners:
+        mix = corner.config.mix
+        if isinstance(mix, NoMixConfig):
+            continue
+        if mix.level not in (None, finest):
+            text = f"rows of one {mix.level} but of different {finest} are mixed: their targets are mixtures"
+            found.setdefault(_placed(corner, ("mix", "level"), f"{text}; {finest} keeps them certain"))
+        if not mix.exclude_unknown and (dataset.labels < 0).any():
+            text = "rows with unknown labels are mixed: their targets are known in part; true leaves them out"
+            found.setdefault(_placed(corner, ("mix", "exclude_unknown"), text))
+    return list(found)
+
+
+def _placed(at: Resolved, key: Key, text: str) -> str:
+    origin = origin_of(at.origins, key)
+    return f"{'.'.join(map(str, key))}{f' (line {origin.line})' if origin else ''}: {text}"
 
 
 def _check_device(corners: list[Resolved], gpu: bool, problems: Problems) -> None:

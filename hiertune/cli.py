@@ -56,6 +56,8 @@ def search(
 
     plan = plan_search(space, runs, name=name, trials=trials, resume=resume)
     console = Console()
+    for text in plan.warnings:
+        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
     if dry_run:
         from hiertune.search.results import print_plan
 

@@ -419,7 +419,7 @@ class UnknownOutcomeConfig(Config):
     """Levels with unknown labels get one more outcome, "unknown", to be predicted like a class."""
     levels: list[str] | None = None
     """Which levels; by default all that have unknown labels in training."""
-    masked: Fraction = 0.0
+    masked: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training, from its start, in which unknown labels count for nothing (phase one)."""
     probability: ProbabilityConfig = ConstantProbability()
     """Of counting an unknown label, after that."""

@@ -82,10 +82,10 @@ def save_model(
 
 
 def save_trained(
-    folder: str | Path, model: torch.nn.Module, config: TrialConfig, data: HierarchicalDataset
+    folder: str | Path, model: HierarchicalClassifier, config: TrialConfig, data: HierarchicalDataset
 ) -> None:
-    """`save_model` for a model that was trained on `data`."""
-    save_model(folder, model, config, data.taxonomy, None, tuple(data.inputs.shape[1:]), data.kmer)
+    """`save_model` for a model that was trained on `data`; its classes may include "unknown"."""
+    save_model(folder, model, config, model.head.taxonomy, None, tuple(data.inputs.shape[1:]), data.kmer)
 
 
 def export_winner(run_dir: str | Path, out: str | Path) -> Path:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hiertune.check import check_with_data
+from hiertune.check import check_with_data, warnings_with_data
 from hiertune.data import open_dataset
 from hiertune.errors import InputError
 from hiertune.export import save_trained
@@ -29,6 +30,8 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
         raise InputError(f"there is a trained model in {out} already", allowed="another --out")
     data = open_dataset(config.data, file.parent)
     check_with_data(config, data)
+    for text in warnings_with_data(config, data):
+        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

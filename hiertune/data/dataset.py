@@ -45,12 +45,12 @@ class Inputs(Protocol):
         """The rows at `indices` (int64 [n], any order, repeats allowed), as [n, D] or [n, H, W, C]."""
         ...
 
-    def epoch_order(self, rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """`rows` (sorted int64 [n]) in the random order of one epoch.
+    def epoch_windows(self, rows: np.ndarray, generator: torch.Generator) -> list[np.ndarray]:
+        """`rows` (sorted int64 [n]) in the random order of one epoch, in windows of what is read together.
 
-        In memory it is a full shuffle. Inputs read lazily shuffle their blocks, and then the rows
-        within as many blocks as fit in BUFFER_BYTES, so that each block is read once per epoch;
-        when all of it fits, that is the same full shuffle.
+        In memory it is a full shuffle, one window. Inputs read lazily shuffle their blocks, and then
+        the rows within as many blocks as fit in BUFFER_BYTES (a window), so that each block is read
+        once per epoch; when all of it fits, that is the same full shuffle.
         """
         ...
 
@@ -75,8 +75,8 @@ class MemoryInputs:
     def rows(self, indices: np.ndarray) -> torch.Tensor:
         return self.tensor.index_select(0, torch.from_numpy(indices))
 
-    def epoch_order(self, rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        return rows[_permutation(len(rows), generator)]
+    def epoch_windows(self, rows: np.ndarray, generator: torch.Generator) -> list[np.ndarray]:
+        return [rows[_permutation(len(rows), generator)]]
 
 
 class Hdf5Inputs:
@@ -113,14 +113,16 @@ class Hdf5Inputs:
             out[torch.from_numpy(places)] = self._buffer.gather(indices[places], part)
         return out
 
-    def epoch_order(self, rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    def epoch_windows(self, rows: np.ndarray, generator: torch.Generator) -> list[np.ndarray]:
         _, block_of_row = np.unique(rows // self.block_rows, return_inverse=True)
         num_blocks = int(block_of_row.max(initial=-1)) + 1
         order = _permutation(len(rows), generator)
-        if num_blocks > self.buffer_blocks:
-            buffer_of_block = _permutation(num_blocks, generator) // self.buffer_blocks
-            order = order[np.argsort(buffer_of_block[block_of_row[order]], kind="stable")]
-        return rows[order]
+        if num_blocks <= self.buffer_blocks:
+            return [rows[order]]
+        window_of_block = _permutation(num_blocks, generator) // self.buffer_blocks
+        window = window_of_block[block_of_row[order]]
+        order = order[np.argsort(window, kind="stable")]
+        return np.split(rows[order], np.cumsum(np.bincount(window))[:-1])
 
     def scan(self) -> None:
         """Read every block once, for its checks."""

@@ -89,6 +89,7 @@ class HierarchicalHead(nn.Module):
             raise InputError(f"{temperature!r}", key="temperature", allowed="a number above 0")
         if not 0 < floor < 1:
             raise InputError(f"{floor!r}", key="floor", allowed="a number between 0 and 1")
+        self.taxonomy = taxonomy
         self.levels = taxonomy.levels
         self.kind = kind
         self.routing = routing if kind == "conditional" else "soft"

@@ -37,6 +37,8 @@ from hiertune.search.winner import Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
 from hiertune.tracking import Tracker, display_uri
 
+logger = logging.getLogger(__name__)
+
 _DELIVERY_PATIENCE_S = 60.0
 
 
@@ -60,6 +62,8 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
     if not plan.resume:
         folder.create(plan.space.text)
     with _logging_to(folder.log):
+        for text in plan.warnings:
+            logger.warning("%s", text)
         ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
         finished = _finished_summary(plan, ledger)
         if finished is not None:

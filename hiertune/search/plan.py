@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from hiertune.check import check_with_data
+from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
@@ -34,6 +34,8 @@ class SearchPlan:
     """How many trials the search shall have in all, those of earlier runs included."""
     tracking_uri: str
     resume: bool
+    warnings: tuple[str, ...] = ()
+    """What can be searched, but is seldom meant."""
 
     @property
     def metric(self) -> str:
@@ -95,7 +97,9 @@ def plan_search(
     wanted = trials or config.search.trials
     if isinstance(config.search.sampler, GridConfig):
         wanted = int(min(wanted, space.size()))
-    return SearchPlan(space, config, data, folder, wanted, uri, resume)
+    return SearchPlan(
+        space, config, data, folder, wanted, uri, resume, tuple(warnings_with_data(space, data))
+    )
 
 
 def _renamed(config: SearchConfig, name: str) -> SearchConfig:

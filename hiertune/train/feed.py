@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hiertune.data import HierarchicalDataset
+from hiertune.data import Inputs
 from hiertune.data.dataset import num_bytes
 
 Batch = tuple[Tensor, Tensor]
@@ -22,13 +22,14 @@ class Feed:
     Else a GPU gets its inputs through pinned memory, the next batch read while this one is used.
     """
 
-    def __init__(self, data: HierarchicalDataset, device: torch.device) -> None:
-        self._inputs = data.inputs
+    def __init__(self, inputs: Inputs, labels: np.ndarray, device: torch.device) -> None:
+        """`labels` int64 [N, L]"""
+        self._inputs = inputs
         self._device = device
-        self._labels = torch.tensor(data.labels, device=device)
+        self._labels = torch.tensor(labels, device=device)
         self._resident: Tensor | None = None
-        if device.type == "cuda" and num_bytes(data.inputs) < torch.cuda.mem_get_info(device)[0] / 2:
-            self._resident = data.inputs.rows(np.arange(len(data))).to(device)
+        if device.type == "cuda" and num_bytes(inputs) < torch.cuda.mem_get_info(device)[0] / 2:
+            self._resident = inputs.rows(np.arange(len(inputs))).to(device)
 
     def batches(self, shards: Iterable[np.ndarray]) -> Iterator[Batch]:
         """One batch per array of rows (int64 [B], possibly empty)."""

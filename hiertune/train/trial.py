@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hiertune.config import TrainConfig, TrialConfig
+from hiertune.config import NoMixConfig, TrainConfig, TrialConfig, UnknownOutcomeConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
 from hiertune.gradnorm import build_weighting
-from hiertune.losses import build_losses, class_weights, level_losses
+from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models import HierarchicalClassifier, build_model
+from hiertune.taxonomy import Taxonomy
 from hiertune.train.batch_norm import has_batch_norm, synchronize_batch_norms
-from hiertune.train.batches import BatchPlan, Step, random_stream
+from hiertune.train.batches import FIRST_WORKER, BatchPlan, Pass, Step, random_stream
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
-from hiertune.train.feed import Batch, Feed
+from hiertune.train.feed import Feed
+from hiertune.train.mixing import Mixing
 from hiertune.train.optim import build_optimizer, learning_rate_factor
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
+from hiertune.train.unknown import UnknownLabels, outcome_levels, with_unknown
 from hiertune.train.workers import Workers
 
 FINITE_CHECK_STEPS = 50
@@ -40,6 +44,15 @@ FINITE_CHECK_STEPS = 50
 _EVALUATION_ROWS = 1024
 _EVALUATION_ELEMENTS = 2**23
 """An evaluation batch has at most so many rows, and so many logits at the largest level."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one forward pass should say."""
+
+    labels: Tensor
+    """int64 [B, L], -1 for what counts for nothing."""
+    mixed: MixedLabels | None
 
 
 class Trial:
@@ -53,7 +66,7 @@ class Trial:
     def __init__(
         self, config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...], device: torch.device
     ) -> None:
-        train, taxonomy = config.train, data.taxonomy
+        train = config.train
         self.config, self.data, self.fit_on, self.device = config, data, fit_on, device
         self.workers = Workers.current()
         self.epoch = 0
@@ -61,17 +74,16 @@ class Trial:
         self.steps = 0
         """Optimiser steps done."""
 
+        taxonomy, self._labels = with_unknown(config.unknown, data)
         rows = data.rows(*fit_on)
-        self.plan = BatchPlan(
-            data.inputs, rows, train.batch_size, train.seed, self.workers, train.accumulation
-        )
-        self._feed = Feed(data, device)
+        self.plan = _plan(config, data, rows)
+        self._feed = Feed(data.inputs, self._labels, device)
         self._losses = build_losses(config.loss, taxonomy).to(device)
-        weights = class_weights(config.loss.class_weights, data.labels[rows], taxonomy)
+        weights = class_weights(config.loss.class_weights, self._labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
         self._weighting = build_weighting(config.weighting, taxonomy.levels, device)
 
-        self.model = _build_model(config, data, fit_on).to(device)
+        self.model = _build_model(config, data, taxonomy, fit_on).to(device)
         _check_batch_norm(self.model, self.plan)
         self._network = _distribute(self.model, self.workers)
         self._parameters = list(self.model.parameters())
@@ -84,11 +96,11 @@ class Trial:
         """One pass over the training rows; its metrics, the same on all workers. Raises TrialFailed."""
         self.epoch += 1
         seed = self.config.train.seed
-        torch.manual_seed(random_stream(seed, self.epoch, 1 + self.workers.rank))
+        torch.manual_seed(random_stream(seed, self.epoch, FIRST_WORKER + self.workers.rank))
         steps = self.plan.epoch(self.epoch)
         counts = self._known_counts(steps)
         losses = torch.zeros_like(counts)  # [S, L]: this worker's share of each step's loss
-        batches = self._feed.batches(self.plan.shard(rows) for step in steps for rows in step.passes)
+        batches = self._batches([each.shard(self.workers) for step in steps for each in step.passes])
         self._network.train()
         for number, step in enumerate(steps):
             self._train_step(step, islice(batches, len(step.passes)), counts[number], losses[number])
@@ -97,36 +109,53 @@ class Trial:
         self._check_finite(losses)
         return self._training_metrics(losses, counts)
 
-    def _train_step(self, step: Step, batches: Iterator[Batch], counts: Tensor, losses: Tensor) -> None:
+    def _batches(self, passes: Sequence[Pass]) -> Iterator[tuple[Tensor, Targets]]:
+        """What each pass trains on: inputs `[B, ...]`, mixed where it says so, and their targets."""
+        batches = self._feed.batches(each.reads for each in passes)
+        for each, (inputs, labels) in zip(passes, batches, strict=True):
+            if each.hidden is not None:
+                labels = labels.masked_fill(torch.from_numpy(each.hidden).to(self.device), -1)
+            mixed = None
+            if each.mix is not None:
+                inputs = each.mix.inputs(inputs)
+                labels, mixed = each.mix.labels(labels)
+            yield inputs, Targets(labels, mixed)
+
+    def _train_step(
+        self, step: Step, batches: Iterator[tuple[Tensor, Targets]], counts: Tensor, losses: Tensor
+    ) -> None:
         """One optimiser step. `counts` [L]: known labels of the whole step; adds its loss to `losses` [L].
 
         A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
         """
         weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
-        for number, (inputs, labels) in enumerate(batches, start=1):
+        for number, (inputs, targets) in enumerate(batches, start=1):
             last = number == len(step.passes)
             with self._gradient_sync(last):
-                of_levels = self._forward(inputs, labels, counts)
+                of_levels = self._forward(inputs, targets, counts)
                 if last and self._weighting.wants_update(self.steps):
-                    self._update_weights(of_levels, labels, step)
+                    self._update_weights(of_levels, targets, step)
                 stacked = torch.stack(of_levels)
                 self._scaler.scale(stacked @ weights).backward()
             losses += stacked.detach()
         self._update_parameters()
         self.model.release()
 
-    def _forward(self, inputs: Tensor, labels: Tensor, counts: Tensor) -> list[Tensor]:
+    def _forward(self, inputs: Tensor, targets: Targets, counts: Tensor) -> list[Tensor]:
         with _autocast(self.config.train, self.device):
             logits = self._network(inputs)
-        return level_losses(self._losses, logits, labels, counts, self._class_weights)
+        return self._level_losses(logits, targets, counts)
 
-    def _update_weights(self, losses: Sequence[Tensor], labels: Tensor, step: Step) -> None:
+    def _level_losses(self, logits: dict[str, Tensor], targets: Targets, counts: Tensor) -> list[Tensor]:
+        return level_losses(self._losses, logits, targets.labels, counts, self._class_weights, targets.mixed)
+
+    def _update_weights(self, losses: Sequence[Tensor], targets: Targets, step: Step) -> None:
         """Let the weighting measure the last pass of a step, whose losses are made means over that pass."""
         of_step, of_pass = self._known_counts([step, Step(step.passes[-1:])])
 
         def base_losses() -> list[Tensor]:
             assert self.model.base_logits is not None
-            return level_losses(self._losses, self.model.base_logits, labels, of_pass, self._class_weights)
+            return self._level_losses(self.model.base_logits, targets, of_pass)
 
         if len(step.passes) > 1:
             losses = [
@@ -153,11 +182,9 @@ class Trial:
         return self._network.no_sync()
 
     def _known_counts(self, steps: Sequence[Step]) -> Tensor:
-        """Known labels of each step over all workers, float32 [S, L]; every worker has all labels."""
-        sizes = [sum(map(len, step.passes)) for step in steps]
-        known = self.data.labels[np.concatenate([rows for step in steps for rows in step.passes])] >= 0
-        starts = np.cumsum([0, *sizes[:-1]])
-        return torch.from_numpy(np.add.reduceat(known, starts, dtype=np.float32)).to(self.device)
+        """Labels that count in each step over all workers, float32 [S, L]; every worker has all labels."""
+        counts = np.stack([step.known(self._labels) for step in steps])
+        return torch.from_numpy(counts).to(self.device, torch.float32)
 
     def _check_finite(self, losses: Tensor) -> None:
         bad = ~losses.isfinite().all(1)
@@ -188,13 +215,15 @@ class Trial:
         The loss is that of training without class and level weights.
         """
         seen = seen_classes(self.data.labels[self.plan.rows], self.data.taxonomy)
-        evaluation = Evaluation(self.data.taxonomy, seen, self.device)
-        ones = torch.ones(self.data.taxonomy.num_levels, device=self.device)
-        no_weights = [None] * self.data.taxonomy.num_levels
+        outcomes = outcome_levels(self.config.unknown, self.data)
+        evaluation = Evaluation(self.data.taxonomy, seen, self.device, outcomes)
+        ones = torch.ones(len(self.data.levels), device=self.device)
+        no_weights = [None] * len(self.data.levels)
         size = min(_EVALUATION_ROWS, max(1, _EVALUATION_ELEMENTS // max(self.data.taxonomy.num_classes)))
-        shard = self.plan.shard(rows)
+        shard = Pass(rows).shard(self.workers).rows
         self.model.eval()
         for inputs, labels in self._feed.batches(shard[i : i + size] for i in range(0, len(shard), size)):
+            labels = evaluation.known(labels)
             with _autocast(self.config.train, self.device):
                 logits = self.model(inputs)
             sums = level_losses(self._losses, logits, labels, ones, no_weights)
@@ -249,12 +278,23 @@ class Trial:
         return hashlib.sha256(f"{config} {self.data.fingerprint} {self.fit_on}".encode()).hexdigest()
 
 
+def _plan(config: TrialConfig, data: HierarchicalDataset, rows: np.ndarray) -> BatchPlan:
+    train, mixing, unknown = config.train, None, None
+    if not isinstance(config.mix, NoMixConfig):
+        mixing = Mixing(config.mix, data.taxonomy, data.labels, rows, tuple(data.inputs.shape[1:]))
+    if isinstance(config.unknown, UnknownOutcomeConfig):
+        unknown = UnknownLabels(config.unknown, data)
+    return BatchPlan(
+        data.inputs, rows, train.batch_size, train.seed, train.accumulation, train.epochs, mixing, unknown
+    )
+
+
 def _build_model(
-    config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...]
+    config: TrialConfig, data: HierarchicalDataset, taxonomy: Taxonomy, fit_on: tuple[str, ...]
 ) -> HierarchicalClassifier:
     wanted = getattr(config.model.backbone, "standardize", False)
     statistics = standardization(data, fit_on) if wanted else None
-    return build_model(config.model, data.taxonomy, tuple(data.inputs.shape[1:]), statistics)
+    return build_model(config.model, taxonomy, tuple(data.inputs.shape[1:]), statistics)
 
 
 def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:

@@ -169,7 +169,7 @@ def dense_loop(config: TrialConfig, data: HierarchicalDataset) -> Epoch:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True
     )
-    plan = BatchPlan(data.inputs, np.arange(len(data)), config.train.batch_size, config.train.seed, Workers())
+    plan = BatchPlan(data.inputs, np.arange(len(data)), config.train.batch_size, config.train.seed)
     weights = torch.ones(len(linears))
     initial: Tensor | None = None
     done = 0

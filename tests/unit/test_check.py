@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hiertune import Taxonomy
-from hiertune.check import check_with_data, objective_metrics
+from hiertune.check import check_with_data, objective_metrics, warnings_with_data
 from hiertune.data import HierarchicalDataset, MemoryInputs
 from hiertune.errors import InputError
 from hiertune.metrics import Evaluation
@@ -143,3 +143,30 @@ def test_a_config_is_checked_for_this_machine(monkeypatch):
 def test_the_metrics_that_can_be_optimised_are_those_that_validation_gives():
     evaluation = Evaluation(DATA.taxonomy, [torch.ones(2, dtype=torch.bool), torch.ones(3, dtype=torch.bool)])
     assert set(objective_metrics(LEVELS)) == set(evaluation.compute("val"))
+
+
+WARNED = {
+    "mix: {kind: mixup}": [],
+    "mix: {kind: mixup, level: genus}": [],
+    "mix: {kind: none}": [],
+    "mix:\n  kind: mixup\n  level: {choice: [genus, family]}": [
+        "mix.level (line 6): rows of one family but of different genus are mixed: their targets are "
+        "mixtures; genus keeps them certain"
+    ],
+    "mix: {kind: mixup, exclude_unknown: false}": [
+        "mix.exclude_unknown (line 4): rows with unknown labels are mixed: their targets are known in part; "
+        "true leaves them out"
+    ],
+}
+
+
+@pytest.mark.parametrize("text", WARNED)
+def test_what_is_seldom_meant_is_said(text):
+    data = dataset()
+    data.labels[3, 1] = -1
+    assert warnings_with_data(parse_space(f"{batches()}{text}\n"), data) == WARNED[text]
+
+
+def test_no_warning_of_unknown_labels_where_there_are_none():
+    space = parse_space(f"{batches()}mix: {{kind: mixup, exclude_unknown: false}}\n")
+    assert warnings_with_data(space, DATA) == []

@@ -111,11 +111,11 @@ def test_row_selection(good, in_memory):
 def test_order_in_memory_is_a_full_shuffle(values):
     memory = MemoryInputs(torch.from_numpy(values))
     rows = np.arange(0, N, 2)
-    order = memory.epoch_order(rows, seeded(1))
+    order = np.concatenate(memory.epoch_windows(rows, seeded(1)))
     assert order.tolist() == rows[torch.randperm(len(rows), generator=seeded(1)).numpy()].tolist()
     generator = seeded(1)
-    assert memory.epoch_order(rows, generator).tolist() == order.tolist()
-    assert memory.epoch_order(rows, generator).tolist() != order.tolist()
+    assert np.concatenate(memory.epoch_windows(rows, generator)).tolist() == order.tolist()
+    assert np.concatenate(memory.epoch_windows(rows, generator)).tolist() != order.tolist()
 
 
 @pytest.mark.parametrize("rows", [np.arange(SLOTS * BLOCK), np.arange(0, N, 30)])
@@ -123,17 +123,20 @@ def test_order_of_what_fits_in_the_buffer_is_that_in_memory(path, values, rows):
     inputs, memory = lazy_inputs(path), MemoryInputs(torch.from_numpy(values))
     ours, theirs = seeded(), seeded()
     for _ in range(2):  # the generators stay in step
-        assert inputs.epoch_order(rows, ours).tolist() == memory.epoch_order(rows, theirs).tolist()
+        assert (
+            np.concatenate(inputs.epoch_windows(rows, ours)).tolist()
+            == np.concatenate(memory.epoch_windows(rows, theirs)).tolist()
+        )
 
 
 @pytest.mark.parametrize("batch_size", [7, 20])
 @pytest.mark.parametrize("rows", [np.arange(N), np.arange(0, N, 3), np.arange(5, N, 5)])
 def test_lazy_order_is_a_permutation_that_reads_each_block_once(path, values, rows, batch_size):
     inputs = lazy_inputs(path)
-    order = inputs.epoch_order(rows, seeded(3))
+    order = np.concatenate(inputs.epoch_windows(rows, seeded(3)))
     assert sorted(order.tolist()) == rows.tolist()
-    assert order.tolist() != inputs.epoch_order(rows, seeded(4)).tolist()
-    assert order.tolist() == inputs.epoch_order(rows, seeded(3)).tolist()
+    assert order.tolist() != np.concatenate(inputs.epoch_windows(rows, seeded(4))).tolist()
+    assert order.tolist() == np.concatenate(inputs.epoch_windows(rows, seeded(3))).tolist()
     reads = counted(inputs)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
@@ -142,7 +145,7 @@ def test_lazy_order_is_a_permutation_that_reads_each_block_once(path, values, ro
 
 
 def test_lazy_order_shuffles_blocks_and_the_rows_of_a_bufferful(path):
-    blocks = lazy_inputs(path).epoch_order(np.arange(N), seeded(0)) // BLOCK
+    blocks = np.concatenate(lazy_inputs(path).epoch_windows(np.arange(N), seeded(0))) // BLOCK
     first = blocks[: SLOTS * BLOCK - 1]  # one less, for the last block is a row shorter
     assert len(set(first.tolist())) == SLOTS
     assert max(first) - min(first) > SLOTS  # from all over the file
@@ -150,7 +153,7 @@ def test_lazy_order_shuffles_blocks_and_the_rows_of_a_bufferful(path):
 
 
 def test_an_empty_epoch(path):
-    assert lazy_inputs(path).epoch_order(np.arange(0), seeded()).tolist() == []
+    assert np.concatenate(lazy_inputs(path).epoch_windows(np.arange(0), seeded())).tolist() == []
 
 
 # ------------------------------------------------------------------------------- processes, files

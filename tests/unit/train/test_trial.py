@@ -29,7 +29,6 @@ from hiertune.train.checkpoint import CheckpointClock
 from hiertune.train.loop import run_trial
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
-from hiertune.train.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +157,11 @@ def test_gradnorm_measures_the_last_pass_of_a_step(config, data, alone):
     """Losses are means over the known rows of that pass, gradients those of them at the features."""
     settings = config(epochs=1, batch_size=25, accumulation=2, weighting=GradNormConfig(interval=1))
     metrics = alone(settings, data)["reports"][0].metrics
-    plan = BatchPlan(data.inputs, data.rows("train"), 25, settings.train.seed, Workers(), 2)
+    plan = BatchPlan(data.inputs, data.rows("train"), 25, settings.train.seed, 2)
     (step,) = plan.epoch(1)
-    assert [len(rows) for rows in step.passes] == [25, 20]
+    assert [len(each.rows) for each in step.passes] == [25, 20]
     model = fresh_model(settings, data)
-    losses = mean_losses(model, data, step.passes[1])
+    losses = mean_losses(model, data, step.passes[1].rows)
     for level, loss in zip(data.levels, losses, strict=True):
         (gradient,) = torch.autograd.grad(loss, model.features, retain_graph=True)
         assert metrics[f"grad_norm/{level}"] == pytest.approx(gradient.norm().item(), rel=1e-5)
@@ -435,7 +434,7 @@ def test_prefetched_batches_are_the_same(data, monkeypatch):
     """The way of inputs too large for a GPU, but for the pinning."""
     from hiertune.train.feed import Feed
 
-    feed = Feed(data, torch.device("cpu"))
+    feed = Feed(data.inputs, data.labels, torch.device("cpu"))
     monkeypatch.setattr(feed, "_pinned", data.inputs.rows)
     shards = [np.array([3, 1]), np.array([], dtype=np.int64), np.array([5])]
     for (x, y), rows in zip(feed._prefetched(shards), shards, strict=True):

@@ -8,13 +8,17 @@ import torch
 from hiertune.config import (
     AdamWConfig,
     ConditionalHeadConfig,
+    ConstantProbability,
     CrossEntropyConfig,
     GradNormConfig,
     HierarchicalSoftmaxConfig,
     IdentityConfig,
+    LinearProbability,
+    MixupConfig,
     ModelConfig,
     SGDConfig,
     TaxonomySmoothingConfig,
+    UnknownOutcomeConfig,
 )
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
@@ -61,6 +65,17 @@ CASES = {
         "norm": "batch",
         "weighting": GradNormConfig(interval=1, at="last_layer"),
     },
+    "mixup of certain labels": {"mix": MixupConfig(min_group_size=2), "accumulation": 2},
+    "mixup of families, unknown labels too": {
+        "mix": MixupConfig(level="family", exclude_unknown=False, min_group_size=2),
+        "loss": TaxonomySmoothingConfig(alpha=0.3, class_weights={"method": "capping"}),
+        "weighting": GradNormConfig(interval=2),
+    },
+    "unknown outcomes": {
+        "unknown": UnknownOutcomeConfig(masked=0.3, probability=LinearProbability(start=0.2, end=0.9)),
+        "head": HierarchicalSoftmaxConfig(),
+        "mix": MixupConfig(level="family", exclude_unknown=False, min_group_size=2),
+    },
     "workers without rows": {"batch_size": 1, "epochs": 1, "loss": TaxonomySmoothingConfig()},
     "identity": {"model": ModelConfig(backbone=IdentityConfig()), "weighting": GradNormConfig(interval=1)},
 }
@@ -96,6 +111,8 @@ def everything(config):
         accumulation=2,
         head=ConditionalHeadConfig(routing="gumbel"),
         weighting=GradNormConfig(interval=2),
+        mix=MixupConfig(level="family", min_group_size=2),
+        unknown=UnknownOutcomeConfig(masked=0.5, probability=ConstantProbability(value=0.5)),
         optimizer=AdamWConfig(lr=0.01),
     )
 
