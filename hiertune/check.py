@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,7 @@ from hiertune.config import (
     IdentityConfig,
     MedianConfig,
     MLPConfig,
+    TaxonomySmoothingConfig,
     TrialConfig,
 )
 from hiertune.space import Resolved, Space
@@ -68,7 +69,7 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
         problems = Problems(None)
         gpu = _cuda_is_available()
         dataset.require_rows("train")
-    _check_weights(corners, dataset.levels, problems)
+    _check_level_names(corners, dataset.levels, problems)
     _check_batch_size(corners, len(dataset.rows("train")), problems)
     _check_shared_layer(corners, problems)
     _check_device(corners, gpu, problems)
@@ -155,12 +156,19 @@ def _check_grace(space: Space, corners: list[Resolved], problems: Problems) -> N
 # ------------------------------------------------------------------------------ the trial's sections
 
 
-def _check_weights(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
+def _level_names(config: TrialConfig) -> Iterator[tuple[Key, str]]:
+    """Every level that a config names, each with the key at which it does."""
+    loss, weighting = config.loss, config.weighting
+    if isinstance(loss, TaxonomySmoothingConfig):
+        yield from ((("loss", "levels", level), level) for level in loss.levels)
+    if isinstance(weighting, FixedConfig):
+        yield from ((("weighting", "weights", level), level) for level in weighting.weights)
+
+
+def _check_level_names(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
     for corner in corners:
-        weighting = corner.config.weighting
-        for level in weighting.weights if isinstance(weighting, FixedConfig) else ():
+        for key, level in _level_names(corner.config):
             if level not in levels:
-                key = ("weighting", "weights", level)
                 problem = f"the data has no level '{level}'{nearest(level, levels)}"
                 _add(problems, corner, key, problem, ", ".join(levels))
 
