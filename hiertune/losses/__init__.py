@@ -5,9 +5,16 @@ one place that masks unknown labels, applies class weights and divides.
 """
 
 from hiertune.losses.build import build_losses
-from hiertune.losses.class_weights import class_weights
+from hiertune.losses.class_weights import class_weights, label_density
 from hiertune.losses.cross_entropy import CrossEntropy
 from hiertune.losses.reduce import level_losses
 from hiertune.losses.taxonomy_smoothing import TaxonomySmoothing
 
-__all__ = ["CrossEntropy", "TaxonomySmoothing", "build_losses", "class_weights", "level_losses"]
+__all__ = [
+    "CrossEntropy",
+    "TaxonomySmoothing",
+    "build_losses",
+    "class_weights",
+    "label_density",
+    "level_losses",
+]
