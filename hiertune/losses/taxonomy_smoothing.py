@@ -111,9 +111,11 @@ class TaxonomySmoothing(nn.Module):
 
     def target_matrix(self) -> Tensor:
         """All target rows, `[C, C]` float64, row = true class: to look at, for few classes."""
-        return self._rows_of_classes(
-            torch.arange(self.num_classes, device=self.weights.device), torch.float64
-        )
+        return self.target_rows(torch.arange(self.num_classes, device=self.weights.device))
+
+    def target_rows(self, classes: Tensor) -> Tensor:
+        """The target rows `[B, C]`, float64, of classes `[B]`: to look at."""
+        return self._rows_of_classes(classes, torch.float64)
 
     def state_bytes(self) -> int:
         """Bytes held between calls."""
