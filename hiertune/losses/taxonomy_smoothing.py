@@ -223,22 +223,24 @@ def _row_values(
     under = np.stack([np.bincount(column + 1)[column + 1] for column in ancestors.T], axis=1)
     known = ancestors[:, :-1] >= 0
     # [C, l]: how many classes share just the ancestor at that level, and none finer
-    relatives = np.where(known, under[:, :-1] - under[:, 1:], 0)
-    nearest = np.where(relatives > 0, level, -1).max(axis=1, initial=-1)
+    relatives = (under[:, :-1] - under[:, 1:]) * known
+    # down columns: numpy is slow along rows as short as these
+    nearest = np.where(relatives > 0, level, -1).T.copy().max(axis=0, initial=-1)
     even = even | (nearest < 0)
     # distances beyond the nearest relative's: its value is 1, so that no beta makes a sum vanish
     beyond = 2.0 * np.maximum(nearest[:, None] - level, 0)
     value = np.where(relatives > 0, np.exp(-beta * beyond), 0.0)
     total = np.where(even, 1.0, (relatives * value).sum(axis=1))
 
-    strangers = classes - 1 - relatives.sum(axis=1)
+    strangers = classes - 1 - np.einsum("ij->i", relatives)
     inside = np.where(strangers > 0, alpha * clade_share, alpha)
     outside = (alpha - inside) / np.maximum(strangers, 1)
 
     rows = np.empty((classes, depth + 2))
     rows[:, 0] = outside
+    rows[:, 1:-1] = inside[:, None] * value / total[:, None]
     # the spare node of a level above the clade stands for unrelated classes
-    rows[:, 1:-1] = np.where(known, inside[:, None] * value / total[:, None], outside[:, None])
+    np.copyto(rows[:, 1:-1], outside[:, None], where=~known)
     rows[even, :-1] = alpha / max(classes - 1, 1)
     rows[:, -1] = 1.0 - alpha
     return rows
