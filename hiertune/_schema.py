@@ -82,21 +82,22 @@ def _opened(schema: dict[str, Any], name: str, definitions: dict[str, Any]) -> d
 
 
 def _ranges(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ranges that may stand for a number, with its bounds on both ends."""
-    kind = schema.get("type")
-    if kind not in ("integer", "number"):
+    """The ranges that may stand for a number (or for an optional one), with its bounds on both ends."""
+    options = schema.get("anyOf", [schema])
+    number = next((option for option in options if option.get("type") in ("integer", "number")), None)
+    if number is None:
         return []
-    bounds = {word: schema[word] for word in _BOUNDS if word in schema}
+    bounds = {word: number[word] for word in _BOUNDS if word in number}
     whole = {"type": "integer", **bounds}
     ranges = [_range("int", whole), _range("logint", {**whole, "minimum": max(1, bounds.get("minimum", 1))})]
-    if kind == "number":
-        number = {"type": "number", **bounds}
-        positive = {**number, "exclusiveMinimum": max(0, bounds.get("exclusiveMinimum", 0))}
+    if number["type"] == "number":
+        real = {"type": "number", **bounds}
+        positive = {**real, "exclusiveMinimum": max(0, bounds.get("exclusiveMinimum", 0))}
         step = {"type": "number", "exclusiveMinimum": 0}
         ranges += [
-            _range("uniform", number),
+            _range("uniform", real),
             _range("loguniform", positive),
-            _range("quniform", number, step),
+            _range("quniform", real, step),
         ]
     return ranges
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from hiertune.config import (
     MixupConfig,
     MLPConfig,
     NoMixConfig,
+    TaxonomySmoothingConfig,
     TrialConfig,
     UnknownOutcomeConfig,
 )
@@ -71,11 +72,10 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
         problems = Problems(None)
         gpu = _cuda_is_available()
         dataset.require_rows("train")
-    _check_weights(corners, dataset.levels, problems)
+    _check_level_names(corners, dataset.levels, problems)
     _check_batch_size(corners, len(dataset.rows("train")), problems)
     _check_shared_layer(corners, problems)
     _check_mix(corners, dataset, problems)
-    _check_unknown(corners, dataset.levels, problems)
     _check_device(corners, gpu, problems)
     problems.raise_any()
 
@@ -160,12 +160,23 @@ def _check_grace(space: Space, corners: list[Resolved], problems: Problems) -> N
 # ------------------------------------------------------------------------------ the trial's sections
 
 
-def _check_weights(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
+def _level_names(config: TrialConfig) -> Iterator[tuple[Key, str]]:
+    """Every level that a config names, each with the key at which it does."""
+    loss, weighting, mix, unknown = config.loss, config.weighting, config.mix, config.unknown
+    if isinstance(loss, TaxonomySmoothingConfig):
+        yield from ((("loss", "levels", level), level) for level in loss.levels)
+    if isinstance(weighting, FixedConfig):
+        yield from ((("weighting", "weights", level), level) for level in weighting.weights)
+    if not isinstance(mix, NoMixConfig) and mix.level is not None:
+        yield ("mix", "level"), mix.level
+    if isinstance(unknown, UnknownOutcomeConfig):
+        yield from ((("unknown", "levels", i), level) for i, level in enumerate(unknown.levels or ()))
+
+
+def _check_level_names(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
     for corner in corners:
-        weighting = corner.config.weighting
-        for level in weighting.weights if isinstance(weighting, FixedConfig) else ():
+        for key, level in _level_names(corner.config):
             if level not in levels:
-                key = ("weighting", "weights", level)
                 problem = f"the data has no level '{level}'{nearest(level, levels)}"
                 _add(problems, corner, key, problem, ", ".join(levels))
 
@@ -202,24 +213,9 @@ def _measures_last_layer(config: TrialConfig) -> bool:
 def _check_mix(corners: list[Resolved], dataset: HierarchicalDataset, problems: Problems) -> None:
     for corner in corners:
         mix = corner.config.mix
-        if isinstance(mix, NoMixConfig):
-            continue
-        if mix.level is not None and mix.level not in dataset.levels:
-            problem = f"the data has no level '{mix.level}'{nearest(mix.level, dataset.levels)}"
-            _add(problems, corner, ("mix", "level"), problem, ", ".join(dataset.levels))
-        if not isinstance(mix, MixupConfig) and len(dataset.inputs.shape) != 4:
+        if not isinstance(mix, NoMixConfig | MixupConfig) and len(dataset.inputs.shape) != 4:
             problem = f"'{mix.kind}' cuts rectangles out of images, and the data has features"
             _add(problems, corner, ("mix", "kind"), problem, "none, mixup")
-
-
-def _check_unknown(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
-    for corner in corners:
-        unknown = corner.config.unknown
-        named = unknown.levels or () if isinstance(unknown, UnknownOutcomeConfig) else ()
-        for level in named:
-            if level not in levels:
-                problem = f"the data has no level '{level}'{nearest(level, levels)}"
-                _add(problems, corner, ("unknown", "levels"), problem, ", ".join(levels))
 
 
 def warnings_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -> list[str]:

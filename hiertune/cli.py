@@ -160,6 +160,34 @@ def describe(
     Console().print(describe_data(data))
 
 
+@data_app.command()
+def smoothing(
+    file: Annotated[str, typer.Argument(help="An HDF5 file, or builtin:NAME.")],
+    name: Annotated[
+        str, typer.Option("--class", help="The class, by its name or, from the top, its path: 'a;b;c'.")
+    ],
+    level: Annotated[str | None, typer.Option(help="Its level; by default the finest.")] = None,
+    alpha: Annotated[float, typer.Option(help="Mass that leaves the class.")] = 0.1,
+    beta: Annotated[float, typer.Option(help="How fast it falls with distance.")] = 1.0,
+    clade_share: Annotated[float, typer.Option(help="Share of it under the same top-level class.")] = 1.0,
+    uniform_roots: Annotated[bool, typer.Option(help="Classes without a parent: evenly.")] = True,
+    fallback_to_uniform: Annotated[
+        bool, typer.Option(help="Levels where no class has a parent: evenly, or not at all.")
+    ] = True,
+    top: Annotated[int, typer.Option(min=1, help="How many of the classes that get most.")] = 20,
+) -> None:
+    """Show where taxonomy smoothing sends the mass of a class."""
+    from hiertune.config import DataConfig
+    from hiertune.data import read_taxonomy
+    from hiertune.losses import TaxonomySmoothing, target_row
+
+    taxonomy = read_taxonomy(DataConfig(path=file))
+    at = taxonomy.levels[-1] if level is None else level
+    index = taxonomy.find(at, name)
+    loss = TaxonomySmoothing(taxonomy, at, alpha, beta, uniform_roots, fallback_to_uniform, clade_share)
+    Console().print(target_row(loss, taxonomy, at, index, top))
+
+
 Levels = Annotated[str, typer.Option(help="Names of the levels, coarse to fine, separated by commas.")]
 Unknown = Annotated[
     list[str] | None, typer.Option(help="A further name that means 'unknown'; may be repeated.")

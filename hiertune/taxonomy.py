@@ -7,6 +7,7 @@ an *orphan* (below it), and heads a tree of its own: distances to other trees ar
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ Lineage = Sequence["str | None"]
 _LEVEL_NAME = re.compile(r"[\w.-](?:[\w .-]*[\w.-])?")
 _FORMAT = "hiertune.taxonomy"
 _VERSION = 1
+_SHOWN = 10
+"""Classes listed in one message."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,6 +171,30 @@ class Taxonomy:
         return tuple(
             None if i < 0 else names[i] for names, i in zip(self.names, known.tolist(), strict=False)
         )
+
+    def find(self, level: str | int, text: str) -> int:
+        """Index of the class that has this name or this path, `Bacteria;Firmicutes;Bacilli`.
+
+        A path starts at the top, and has nothing or `?` where a rank is unknown. InputError for a name
+        that several classes have (it lists their paths), and for one that none has (it names the nearest).
+        """
+        position = self.level_index(level)
+        names = self.names[position]
+        path = tuple(None if name in ("", "?") else name for name in map(str.strip, text.split(";")))
+        namesakes = [index for index, name in enumerate(names) if name in (text, path[-1])]
+        found = [index for index in namesakes if names[index] == text or self.path(position, index) == path]
+        if len(found) == 1:
+            return found[0]
+        where = f"of level {self.levels[position]!r}"
+        if namesakes:
+            problem = f"no class {where} has the path {_show(path)}"
+            if found:
+                problem = f"{len(found)} classes {where} are named {text!r}: give the path of one"
+            paths = [_show(self.path(position, index)) for index in namesakes]
+            raise InputError(problem, allowed=", ".join(paths[:_SHOWN]) + (", ..." if paths[_SHOWN:] else ""))
+        close = difflib.get_close_matches(path[-1] or text, set(names), n=3)
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        raise InputError(f"no class {where} is named {text!r}{hint}")
 
     def encode(self, rows: Iterable[Lineage]) -> Indices:
         """Labels `[N, L]` of lineages (-1 unknown). InputError names the first row with an unknown path."""

@@ -1,7 +1,7 @@
 """Data sets: the HDF5 format, the ones that come with hiertune, importers, and what training reads."""
 
 from hiertune.data.builtin import builtin_names
-from hiertune.data.dataset import HierarchicalDataset, Inputs, MemoryInputs, open_dataset
+from hiertune.data.dataset import HierarchicalDataset, Inputs, MemoryInputs, open_dataset, read_taxonomy
 from hiertune.data.describe import Description, describe
 from hiertune.data.format import write_dataset
 from hiertune.data.importers import import_fasta, import_table
@@ -20,6 +20,7 @@ __all__ = [
     "import_table",
     "nearest_neighbour_predictions",
     "open_dataset",
+    "read_taxonomy",
     "split_of_ids",
     "write_dataset",
 ]

@@ -286,6 +286,11 @@ def open_dataset(
     return data
 
 
+def read_taxonomy(config: DataConfig, base_dir: Path | None = None) -> Taxonomy:
+    """The taxonomy of a data set, whose inputs are not read. Raises InputError."""
+    return read_contents(resolve_path(config, base_dir)).taxonomy
+
+
 def resolve_path(config: DataConfig, base_dir: Path | None = None) -> Path:
     """The HDF5 file that a config means; a built-in set is made if it is not there yet."""
     if config.path.startswith("builtin:"):

@@ -23,6 +23,8 @@ class LevelDescription:
     classes: int
     known: float
     """Share of all rows with a label at this level."""
+    density: float
+    """Share of the training rows with a label at this level; 0 without training rows."""
     trained: int
     """Classes with at least one training row."""
     singletons: int
@@ -64,11 +66,12 @@ class Description:
 
     def _table(self) -> Table:
         table = Table("level", box=None)
-        for heading in ("classes", "known", "in training", "singletons", "orphans"):
+        for heading in ("classes", "known", "known (train)", "in training", "singletons", "orphans"):
             table.add_column(heading, justify="right")
         for level in self.levels:
-            counts = (level.trained, level.singletons, level.orphans)
-            table.add_row(level.name, f"{level.classes:,}", f"{level.known:.1%}", *(f"{n:,}" for n in counts))
+            shares = (f"{share:.1%}" for share in (level.known, level.density))
+            counts = (f"{n:,}" for n in (level.trained, level.singletons, level.orphans))
+            table.add_row(level.name, f"{level.classes:,}", *shares, *counts)
         return table
 
 
@@ -92,12 +95,14 @@ def _levels(data: HierarchicalDataset) -> Iterator[LevelDescription]:
         labels, size = data.labels[:, level], data.taxonomy.num_classes[level]
         counts = np.bincount(labels[labels >= 0], minlength=size)
         training = labels[data.rows("train")]
-        trained = np.bincount(training[training >= 0], minlength=size) > 0
+        known = training[training >= 0]
+        trained = np.bincount(known, minlength=size) > 0
         held_out = {split: labels[data.rows(split)] for split in SPLITS[1:]}
         yield LevelDescription(
             name=name,
             classes=size,
             known=float((labels >= 0).mean()),
+            density=len(known) / max(len(training), 1),
             trained=int(trained.sum()),
             singletons=int((counts == 1).sum()),
             orphans=int((data.taxonomy.parents[level] < 0).sum()) if level else 0,

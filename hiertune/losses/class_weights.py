@@ -1,4 +1,4 @@
-"""Weights of classes against imbalance, from how often each occurs in training."""
+"""What weights start from: how often each class occurs in training, and how many labels are known at all."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def class_weights(
         known = labels[labels[:, level] >= 0, level]
         weights.append(torch.from_numpy(_weights(config, np.bincount(known, minlength=size))).float())
     return weights
+
+
+def label_density(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Share `[L]` of the rows of labels `[N, L]` that are known at each level; 0 where there are no rows."""
+    return (labels >= 0).sum(axis=0) / max(len(labels), 1)
 
 
 def _weights(config: ClassWeightsConfig, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

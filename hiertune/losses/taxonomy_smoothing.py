@@ -1,9 +1,10 @@
 """Label smoothing that leaks to relatives: the closer in the taxonomy, the more.
 
 The target row of class y gives `1 - alpha` to y, and `alpha * exp(-beta * d(y, j)) / sum` to every other
-class j, with d in edges through the lowest common ancestor (Linnaeus' taxonomy-aware smoothing). A row
-therefore takes one value per level of that ancestor: `O(C * depth)` numbers hold what the `[C, C]` matrix
-holds. Rows are made when they are needed, by handing values down the tree.
+class j, with d in edges through the lowest common ancestor (Linnaeus' taxonomy-aware smoothing). Classes of
+other trees are infinitely far; `clade_share` below 1 gives them a part of alpha all the same. A row
+therefore takes one value per level of the common ancestor: `O(C * depth)` numbers hold what the `[C, C]`
+matrix holds. Rows are made when they are needed, by handing values down the tree.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ class TaxonomySmoothing(nn.Module):
     """Cross-entropy against taxonomy-smoothed targets, for one level.
 
     `alpha` in [0, 1] is the mass that leaves the true class; `beta` >= 0 how fast it falls with distance
-    (0: evenly over all relatives). Special rows:
+    (0: evenly over all relatives). `clade_share` in [0, 1] of `alpha` goes to the relatives: the other
+    classes of the class's clade, the tree that a top-level class or an orphan heads. The rest goes evenly
+    to the classes of all other clades (partial subtree weighting). Special rows:
 
     - A class with no relative at this level (nothing at a finite distance) spreads `alpha` evenly
       over all others.
+    - Where all classes of the level are one clade, all of `alpha` stays inside.
     - `uniform_roots`: so does a class without a parent. In a taxonomy of levels such a class never has
       a relative, so both settings give the same rows.
     - A level where no class has a parent (the top): even smoothing with `fallback_to_uniform`, none without.
     - A level of one class: its target is 1.
 
     Nothing here is saved in checkpoints: it follows from the taxonomy and the arguments. `InputError`
-    for `alpha` or `beta` out of range.
+    for `alpha`, `beta` or `clade_share` out of range.
     """
 
     ancestors: Tensor
@@ -64,20 +68,23 @@ class TaxonomySmoothing(nn.Module):
         beta: float = 1.0,
         uniform_roots: bool = True,
         fallback_to_uniform: bool = True,
+        clade_share: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha is {alpha}", allowed="0 <= alpha <= 1")
         if not 0.0 <= beta < math.inf:
             raise InputError(f"beta is {beta}", allowed="a finite number >= 0")
-        self.alpha, self.beta = alpha, beta
+        if not 0.0 <= clade_share <= 1.0:
+            raise InputError(f"clade_share is {clade_share}", allowed="0 <= clade_share <= 1")
+        self.alpha, self.beta, self.clade_share = alpha, beta, clade_share
         depth = taxonomy.level_index(level)
         self.num_classes = taxonomy.num_classes[depth]
         has_parent = taxonomy.parents[depth] >= 0
         smoothed = self.num_classes > 1 and (has_parent.any() or fallback_to_uniform)
         even = ~has_parent if uniform_roots else np.zeros_like(has_parent)
         ancestors = taxonomy.ancestors(depth)
-        weights = _row_values(ancestors, alpha if smoothed else 0.0, beta, even)
+        weights = _row_values(ancestors, alpha if smoothed else 0.0, beta, even, clade_share)
 
         sizes = taxonomy.num_classes[: depth + 1]
         nodes = np.where(ancestors >= 0, ancestors, sizes)
@@ -104,16 +111,19 @@ class TaxonomySmoothing(nn.Module):
 
     def target_matrix(self) -> Tensor:
         """All target rows, `[C, C]` float64, row = true class: to look at, for few classes."""
-        return self._rows_of_classes(
-            torch.arange(self.num_classes, device=self.weights.device), torch.float64
-        )
+        return self.target_rows(torch.arange(self.num_classes, device=self.weights.device))
+
+    def target_rows(self, classes: Tensor) -> Tensor:
+        """The target rows `[B, C]`, float64, of classes `[B]`: to look at."""
+        return self._rows_of_classes(classes, torch.float64)
 
     def state_bytes(self) -> int:
         """Bytes held between calls."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def extra_repr(self) -> str:
-        return f"classes={self.num_classes}, alpha={self.alpha}, beta={self.beta}"
+        knobs = f"alpha={self.alpha}, beta={self.beta}, clade_share={self.clade_share}"
+        return f"classes={self.num_classes}, {knobs}"
 
     def _rows(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
         if targets.is_floating_point():
@@ -198,7 +208,11 @@ def _links(taxonomy: Taxonomy, depth: int) -> npt.NDArray[np.int32]:
 
 
 def _row_values(
-    ancestors: npt.NDArray[np.int64], alpha: float, beta: float, even: npt.NDArray[np.bool_]
+    ancestors: npt.NDArray[np.int64],
+    alpha: float,
+    beta: float,
+    even: npt.NDArray[np.bool_],
+    clade_share: float,
 ) -> npt.NDArray[np.float64]:
     """The `[C, l+2]` values of the target rows (see `TaxonomySmoothing.weights`), computed in log space.
 
@@ -207,17 +221,26 @@ def _row_values(
     classes, depth = ancestors.shape[0], ancestors.shape[1] - 1
     level = np.arange(depth)
     under = np.stack([np.bincount(column + 1)[column + 1] for column in ancestors.T], axis=1)
+    known = ancestors[:, :-1] >= 0
     # [C, l]: how many classes share just the ancestor at that level, and none finer
-    relatives = np.where(ancestors[:, :-1] >= 0, under[:, :-1] - under[:, 1:], 0)
-    nearest = np.where(relatives > 0, level, -1).max(axis=1, initial=-1)
+    relatives = (under[:, :-1] - under[:, 1:]) * known
+    # down columns: numpy is slow along rows as short as these
+    nearest = np.where(relatives > 0, level, -1).T.copy().max(axis=0, initial=-1)
     even = even | (nearest < 0)
     # distances beyond the nearest relative's: its value is 1, so that no beta makes a sum vanish
     beyond = 2.0 * np.maximum(nearest[:, None] - level, 0)
     value = np.where(relatives > 0, np.exp(-beta * beyond), 0.0)
     total = np.where(even, 1.0, (relatives * value).sum(axis=1))
 
-    rows = np.zeros((classes, depth + 2))
-    rows[:, 1:-1] = alpha * value / total[:, None]
+    strangers = classes - 1 - np.einsum("ij->i", relatives)
+    inside = np.where(strangers > 0, alpha * clade_share, alpha)
+    outside = (alpha - inside) / np.maximum(strangers, 1)
+
+    rows = np.empty((classes, depth + 2))
+    rows[:, 0] = outside
+    rows[:, 1:-1] = inside[:, None] * value / total[:, None]
+    # the spare node of a level above the clade stands for unrelated classes
+    np.copyto(rows[:, 1:-1], outside[:, None], where=~known)
     rows[even, :-1] = alpha / max(classes - 1, 1)
     rows[:, -1] = 1.0 - alpha
     return rows

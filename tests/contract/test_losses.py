@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hiertune import Taxonomy
-from hiertune.config import CrossEntropyConfig, LossConfig, TaxonomySmoothingConfig
+from hiertune.config import CrossEntropyConfig, LevelSmoothingConfig, LossConfig, TaxonomySmoothingConfig
 from hiertune.losses import build_losses, level_losses
 
 CONFIGS = [
@@ -18,6 +18,8 @@ CONFIGS = [
     TaxonomySmoothingConfig(alpha=0.0),
     TaxonomySmoothingConfig(alpha=0.3, beta=0.5),
     TaxonomySmoothingConfig(alpha=0.3, beta=80.0, uniform_roots=False, fallback_to_uniform=False),
+    TaxonomySmoothingConfig(alpha=0.3, clade_share=0.6, levels={"leaf": LevelSmoothingConfig(alpha=0.5)}),
+    TaxonomySmoothingConfig(levels={"leaf": LevelSmoothingConfig(enabled=False)}),
 ]
 TAXONOMY = Taxonomy.from_parents(
     ["top", "mid", "leaf"], [[-1], [0, 0, -1], [0, 0, 1, 2, 2, 2, -1]]

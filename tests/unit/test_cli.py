@@ -174,6 +174,33 @@ def test_bad_input_is_told_before_anything_heavy_is_loaded(folder):
     assert done.stdout == "[]\n"
 
 
+def test_where_smoothing_sends_the_mass_of_a_class(folder, capsys):
+    def shown(*arguments: str) -> list[list[str]]:
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "smoothing", "data.h5", *arguments])
+        assert ended.value.code == 0
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    lines = shown("--class", "g1", "--alpha", "0.2", "--clade-share", "0.75")
+    assert lines[0] == ["genus:", "f0;", "g1"]
+    assert ["same", "family", "f0", "1", "0.15", "0.15"] in lines
+    assert ["unrelated", "2", "0.025", "0.05"] in lines
+    assert ["g3", "unrelated", "0.025"] in lines
+    lines = shown("--class", "f0;g1", "--level", "genus", "--alpha", "0.2", "--beta", "3", "--top", "1")
+    assert lines[-1] == ["g0", "same", "family", "0.2"]
+    assert ["same", "family", "f0", "1", "0.2", "0.2"] in lines
+    assert ["itself", "f1", "1", "0.9", "0.9"] in shown("--class", "f1", "--level", "family")
+    lines = shown("--class", "f1", "--level", "family", "--no-fallback-to-uniform", "--no-uniform-roots")
+    assert ["itself", "f1", "1", "1", "1"] in lines
+
+    where = ("data", "smoothing", "data.h5", "--class")
+    assert "(did you mean 'g1'?)" in refused(capsys, *where, "g11")
+    assert "allowed: family, genus" in refused(capsys, *where, "g1", "--level", "order")
+    assert "alpha is 2.0" in refused(capsys, *where, "g1", "--alpha", "2")
+    assert "clade_share is -1.0" in refused(capsys, *where, "g1", "--clade-share", "-1")
+    assert "no such file" in refused(capsys, "data", "smoothing", "none.h5", "--class", "g1")
+
+
 def test_train_alone_and_the_schema(folder, capsys):
     config = GOOD.replace("{loguniform: [1e-4, 1e-2]}", "0.01").replace("search: {trials: 2}\n", "")
     (folder / "config.yaml").write_text(config)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiertune.config import FixedConfig, TrialConfig
+from hiertune.config import FixedConfig, LevelSmoothingConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.space import (
     Range,
@@ -76,6 +76,21 @@ loss:
   kind: taxonomy_smoothing
   class_weights:
     choice: [{method: none}, {method: capping, cap: 5.0}, {method: capping, cap: {int: [2, 3]}}]
+"""
+)
+
+PER_LEVEL = (
+    BASE
+    + """\
+model: {head: {kind: conditional, final_temperature: {loguniform: [0.1, 1]}}}
+loss:
+  kind: taxonomy_smoothing
+  alpha: 0.2
+  beta: {loguniform: [0.1, 10.0]}
+  clade_share: {uniform: [0.5, 1]}
+  levels:
+    family: {enabled: {choice: [true, false]}, beta: null}
+    genus: {alpha: {uniform: [0, 0.4]}, beta: {choice: [null, {loguniform: [0.1, 10]}]}}
 """
 )
 
@@ -276,6 +291,39 @@ def test_a_choice_in_a_choice_never_shares_its_name():
     assert space.resolve(taken).train.batch_size == 3
 
 
+def test_knobs_of_single_levels_are_searched_like_any_other():
+    space = parse_space(PER_LEVEL)
+    assert [(p.name, str(p.distribution)) for p in space.parameters] == [
+        ("model.head.final_temperature", "loguniform: [0.1, 1.0]"),
+        ("loss.beta", "loguniform: [0.1, 10.0]"),
+        ("loss.clade_share", "uniform: [0.5, 1.0]"),
+        ("loss.levels.family.enabled", "choice: [true, false]"),
+        ("loss.levels.genus.alpha", "uniform: [0.0, 0.4]"),
+        ("loss.levels.genus.beta", "choice: [null, loguniform]"),
+        ("loss.levels.genus.beta[loguniform]", "loguniform: [0.1, 10.0]"),
+    ]
+    assert space.defaults().loss.levels == {
+        "family": LevelSmoothingConfig(),
+        "genus": LevelSmoothingConfig(alpha=0.2),
+    }
+    resolved = space.resolve(
+        {
+            "model.head.final_temperature": 0.5,
+            "loss.beta": 3.0,
+            "loss.clade_share": 0.75,
+            "loss.levels.family.enabled": False,
+            "loss.levels.genus.alpha": 0.0,
+            "loss.levels.genus.beta": "loguniform",
+            "loss.levels.genus.beta[loguniform]": 7.0,
+        }
+    )
+    assert (resolved.loss.alpha, resolved.loss.beta, resolved.loss.clade_share) == (0.2, 3.0, 0.75)
+    assert resolved.loss.levels == {
+        "family": LevelSmoothingConfig(enabled=False),
+        "genus": LevelSmoothingConfig(alpha=0.0, beta=7.0),
+    }
+
+
 @pytest.mark.parametrize(
     ("entries", "labels"),
     [
@@ -313,7 +361,7 @@ def test_labels_of_lists_and_scalars():
 # --------------------------------------------------------------------------------- from trials
 
 
-@pytest.mark.parametrize("text", [SPACE, BRANCHES], ids=["space", "branches"])
+@pytest.mark.parametrize("text", [SPACE, BRANCHES, PER_LEVEL], ids=["space", "branches", "per level"])
 def test_sampled_configs_are_valid_and_come_back_from_their_parameters(text):
     space = parse_space(text)
     found = samples(space, 200)
@@ -831,7 +879,11 @@ weighting: {kind: fixed, weights: {genus: {choice: [1, {uniform: [2, 3]}]}}}
 )
 
 
-@pytest.mark.parametrize("text", [SPACE, BRANCHES, GRID, INSIDE], ids=["space", "branches", "grid", "inside"])
+@pytest.mark.parametrize(
+    "text",
+    [SPACE, BRANCHES, PER_LEVEL, GRID, INSIDE],
+    ids=["space", "branches", "per level", "grid", "inside"],
+)
 def test_the_schema_accepts_what_loads(validator, text):
     validator.validate(yaml_tree(text))
     for _, config in samples(parse_space(text), 5):
@@ -861,6 +913,26 @@ def test_the_schema_explains_every_described_key():
     ranges = [set(option["properties"]) for option in sections["GradNormConfig.alpha"]["anyOf"][1:]]
     assert ranges == [{"int"}, {"logint"}, {"uniform"}, {"loguniform"}, {"quniform"}, {"choice"}]
     assert "$ref" not in sections["SearchSection"]["properties"]["trials"]  # not searched
+
+
+def test_an_optional_number_may_be_null_or_a_range_within_its_bounds(validator):
+    def accepts(alpha: str, key: str = "alpha") -> bool:
+        levels = f"{{genus: {{{key}: {alpha}}}}}"
+        return validator.is_valid(yaml_tree(f"{BASE}loss: {{kind: taxonomy_smoothing, levels: {levels}}}"))
+
+    for good in ("0.4", "null", "{uniform: [0, 0.4]}", "{loguniform: [0.1, 1]}", "{choice: [null, 0.1]}"):
+        assert accepts(good), good
+    for bad in ("1.5", "{uniform: [0, 1.5]}", "{uniform: [-1, 1]}", "{uniform: [0, null]}", "{choice: [x]}"):
+        assert not accepts(bad), bad
+    assert accepts("{uniform: [0, 50]}", "beta")
+
+    def width(size: str) -> bool:
+        backbone = f"{{kind: timm, name: resnet18, image_size: {size}}}"
+        return validator.is_valid(yaml_tree(f"{BASE}model: {{backbone: {backbone}}}"))
+
+    assert width("{int: [64, 128]}")
+    assert not width("{uniform: [64, 128]}")  # whole numbers only
+    assert not width("{int: [0, 128]}")
 
 
 # ------------------------------------------------------------------------------------ the package

@@ -107,6 +107,52 @@ def test_encode_refuses_an_unknown_path(animals, row, level, shown):
     assert shown in str(error.value)
 
 
+def test_find_takes_a_name_or_a_path(animals):
+    for level in animals.levels:
+        for index in range(animals.num_classes[animals.level_index(level)]):
+            path = animals.path(level, index)
+            for unknown, between in (("", ";"), ("?", "; ")):
+                text = between.join(name or unknown for name in path)
+                assert animals.find(level, text) == index
+    assert animals.path("genus", animals.find("genus", "y")) == ("B", "f1", "y")
+    odd = Taxonomy.from_lineages([("a;b",), ("c ",)], ["level"])
+    assert [odd.find("level", name) for name in ("a;b", "c ")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("level", "text", "message"),
+    [
+        (
+            "genus",
+            "z",
+            "3 classes of level 'genus' are named 'z': give the path of one\n"
+            "  allowed: '?; ?; z', 'A; ?; z', 'B; ?; z'",
+        ),
+        (
+            "family",
+            "C;f1",
+            "no class of level 'family' has the path 'C; f1'\n  allowed: 'A; f1', 'B; f1'",
+        ),
+        ("family", "F3", "no class of level 'family' is named 'F3'"),
+        ("family", "A;f33", "no class of level 'family' is named 'A;f33' (did you mean 'f3'?)"),
+        ("genus", "f3", "no class of level 'genus' is named 'f3'"),
+        ("genus", "", "no class of level 'genus' is named ''"),
+        ("species", "z", "there is no level 'species'\n  allowed: order, family, genus"),
+    ],
+)
+def test_find_says_what_there_is(animals, level, text, message):
+    with pytest.raises(InputError) as caught:
+        animals.find(level, text)
+    assert str(caught.value) == message
+
+
+def test_find_lists_ten_paths_at_most():
+    taxonomy = Taxonomy.from_lineages([(f"a{i:02}", "x") for i in range(12)], ["a", "b"])
+    with pytest.raises(InputError, match=r"12 classes [^$]*'a00; x', .* 'a09; x', \.\.\.$") as caught:
+        taxonomy.find("b", "x")
+    assert "a10" not in str(caught.value)
+
+
 def test_encode_of_no_rows(animals):
     assert animals.encode([]).shape == (0, 3)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiertune.config import DataConfig
-from hiertune.data import MemoryInputs, dataset, open_dataset, write_dataset
+from hiertune.data import MemoryInputs, dataset, open_dataset, read_taxonomy, write_dataset
 from hiertune.data.dataset import Hdf5Inputs
 from hiertune.data.format import read_contents
 from hiertune.errors import InputError
@@ -322,3 +322,10 @@ def test_fingerprint_of_large_inputs_takes_evenly_spaced_rows(path, values, monk
         return dataclasses.replace(data, inputs=MemoryInputs(inputs)).fingerprint != data.fingerprint
 
     assert [changed_at(row) for row in range(9)] == [True] * 2 + [False] * 6 + [True]
+
+
+def test_the_taxonomy_alone(good, taxonomy):
+    assert read_taxonomy(DataConfig(path=str(good))) == taxonomy
+    assert read_taxonomy(DataConfig(path=good.name), good.parent) == taxonomy
+    with pytest.raises(InputError, match="there is no such file"):
+        read_taxonomy(DataConfig(path="none.h5"))

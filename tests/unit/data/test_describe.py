@@ -16,14 +16,15 @@ from hiertune.errors import InputError
 def test_description(good):
     # order: A A B B - | A, then -, B; genus: x y z - | w, x, then -, z; the first four rows are train
     description = describe(good)
+    one_each = {"val": 1, "test": 1}
     assert description.source == str(good)
     assert description.rows == {"train": 4, "val": 2, "test": 2}
     assert description.input_shape == (3,)
     assert description.input_type == "float32"
     assert description.input_bytes == 8 * 3 * 4
     assert description.levels == (
-        LevelDescription("order", 2, 6 / 8, trained=2, singletons=0, orphans=0, seen={"val": 1, "test": 1}),
-        LevelDescription("genus", 4, 6 / 8, trained=3, singletons=2, orphans=1, seen={"val": 1, "test": 1}),
+        LevelDescription("order", 2, 6 / 8, 1.0, trained=2, singletons=0, orphans=0, seen=one_each),
+        LevelDescription("genus", 4, 6 / 8, 3 / 4, trained=3, singletons=2, orphans=1, seen=one_each),
     )
     data = open_dataset(DataConfig(path=str(good)))
     assert description.fingerprint == data.fingerprint
@@ -41,8 +42,8 @@ def test_rich_shows_every_figure(good):
     console.print(describe(good))
     text = console.export_text()
     lines = [line.split() for line in text.splitlines()]
-    assert ["order", "2", "75.0%", "2", "0", "0"] in lines
-    assert ["genus", "4", "75.0%", "3", "2", "1"] in lines
+    assert ["order", "2", "75.0%", "100.0%", "2", "0", "0"] in lines
+    assert ["genus", "4", "75.0%", "75.0%", "3", "2", "1"] in lines
     assert "8 rows: train 4, val 2, test 2" in text
     assert "val: 1 of 2 rows have a genus with training rows" in text
     assert "inputs: 3 float32" in text
@@ -52,6 +53,7 @@ def test_a_file_without_training_rows_can_be_described(good):
     with h5py.File(good, "r+") as file:
         file["split"][...] = np.full(8, 2)
     assert describe(good).levels[0].trained == 0
+    assert describe(good).levels[0].density == 0.0
 
 
 def test_a_class_without_rows_is_no_singleton(good):

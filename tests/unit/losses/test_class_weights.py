@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hiertune import Taxonomy
 from hiertune.config import ClassWeightsConfig
-from hiertune.losses import class_weights
+from hiertune.losses import class_weights, label_density
 
 TAXONOMY = Taxonomy.from_parents(["a", "b"], [[-1, -1], [0, 0, 1, 1]])
 LABELS = np.array([[0, 0]] * 40 + [[0, 1]] * 9 + [[1, 2]] + [[1, -1]] * 10)  # class 3 of b never occurs
@@ -35,6 +35,35 @@ def test_formula_scaled_to_a_mean_of_one_over_rows(method):
         expected = [raw[c] / mean if c in raw else 1.0 for c in range(TAXONOMY.num_classes[level])]
         assert weights.tolist() == pytest.approx(expected)
         assert weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("method", "raw"),
+    [
+        # of 60 known rows: 49 of class 0 and 11 of class 1; logs to base 10, totals capped at 20
+        ("smoothing", [60 / 49.1, 60 / 11.1]),
+        ("capping", [60 / 49, 60 / 11]),
+        ("exponential", [10 ** (60 / 49), 10 ** (60 / 11)]),
+        ("logarithmic", [1 / (1 + math.log10(1 + 9 * 49 / 60)), 1 / (1 + math.log10(1 + 9 * 11 / 60))]),
+    ],
+)
+def test_the_defaults_by_hand(method, raw):
+    weights = class_weights(ClassWeightsConfig(method=method), LABELS, TAXONOMY)[0]
+    mean = (49 * raw[0] + 11 * raw[1]) / 60
+    assert weights.tolist() == pytest.approx([raw[0] / mean, raw[1] / mean])
+
+
+def test_the_cap_bounds_the_ratio_of_two_weights():
+    counts = [3000, 1]
+    labels = np.repeat([[0, 0], [1, 2]], counts, axis=0)
+    common, rare = class_weights(ClassWeightsConfig(method="capping", cap=7.0), labels, TAXONOMY)[0].tolist()
+    assert rare / common == pytest.approx(7.0 / (3001 / 3000))
+
+
+def test_logarithmic_weights_stay_within_a_factor_of_two():
+    labels = np.repeat([[0, 0], [1, 2]], [10**6, 1], axis=0)
+    common, rare = class_weights(ClassWeightsConfig(method="logarithmic"), labels, TAXONOMY)[0].tolist()
+    assert rare / common == pytest.approx(2.0, rel=1e-5)
 
 
 def test_none_is_no_weights():
@@ -68,5 +97,12 @@ def test_rows_weigh_one_on_average_and_rare_classes_no_less(method, rows):
         counts = np.bincount(known, minlength=len(weights))
         seen = np.flatnonzero(counts)
         by_count = weights.numpy()[seen[np.argsort(counts[seen])]]
-        assert (np.diff(by_count) <= 1e-6 * by_count[:-1]).all() or method == "exponential"
+        assert (np.diff(by_count) <= 1e-6 * by_count[:-1]).all()
         assert torch.equal(weights[counts == 0], torch.ones(int((counts == 0).sum())))
+
+
+def test_label_density():
+    assert label_density(LABELS).tolist() == [1.0, 50 / 60]
+    assert label_density(np.array([[0, -1], [-1, -1], [1, 3], [0, 1]])).tolist() == [3 / 4, 2 / 4]
+    assert label_density(LABELS).dtype == np.float64
+    assert label_density(np.empty((0, 3), np.int64)).tolist() == [0.0, 0.0, 0.0]

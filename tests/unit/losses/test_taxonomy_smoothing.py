@@ -35,7 +35,9 @@ def distance(taxonomy: Taxonomy, level: int, a: int, b: int) -> float:
     return math.inf
 
 
-def definition(taxonomy, level, alpha, beta, uniform_roots=True, fallback_to_uniform=True) -> torch.Tensor:
+def definition(
+    taxonomy, level, alpha, beta, uniform_roots=True, fallback_to_uniform=True, clade_share=1.0
+) -> torch.Tensor:
     level = taxonomy.level_index(level)
     size = taxonomy.num_classes[level]
     rows = torch.eye(size, dtype=torch.float64)
@@ -44,14 +46,18 @@ def definition(taxonomy, level, alpha, beta, uniform_roots=True, fallback_to_uni
         return rows
     for i in range(size):
         far = {j: distance(taxonomy, level, i, j) for j in range(size) if j != i}
+        strangers = [j for j, d in far.items() if d == math.inf]
         far = {j: d for j, d in far.items() if d < math.inf}
         if not far or (uniform_roots and not has_parent[i]):
-            far = dict.fromkeys((j for j in range(size) if j != i), 0.0)
+            strangers, far = [], dict.fromkeys((j for j in range(size) if j != i), 0.0)
         nearest = min(far.values())  # a common factor of all weights: exp(-beta * nearest) may be zero
         weight = {j: math.exp(-beta * (d - nearest)) for j, d in far.items()}
+        share = clade_share if strangers else 1.0
         rows[i, i] = 1 - alpha
         for j, w in weight.items():
-            rows[i, j] = alpha * w / sum(weight.values())
+            rows[i, j] = share * alpha * w / sum(weight.values())
+        for j in strangers:
+            rows[i, j] = (1 - share) * alpha / len(strangers)
     return rows
 
 
@@ -93,14 +99,16 @@ TREES = [balanced, forest, unary, all_orphans, deep]
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("uniform_roots", [True, False])
 @pytest.mark.parametrize("fallback_to_uniform", [True, False])
+@pytest.mark.parametrize("clade_share", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize(
     ("alpha", "beta"), [(0.1, 1.0), (0.0, 1.0), (1.0, 0.3), (0.4, 0.0), (0.3, 7.0), (0.3, 60.0)]
 )
-def test_target_matrix_is_the_definition(tree, alpha, beta, uniform_roots, fallback_to_uniform):
+def test_target_matrix_is_the_definition(tree, alpha, beta, uniform_roots, fallback_to_uniform, clade_share):
     taxonomy = tree()
     for level in taxonomy.levels:
-        loss = TaxonomySmoothing(taxonomy, level, alpha, beta, uniform_roots, fallback_to_uniform)
-        expected = definition(taxonomy, level, alpha, beta, uniform_roots, fallback_to_uniform)
+        settings = (level, alpha, beta, uniform_roots, fallback_to_uniform, clade_share)
+        loss = TaxonomySmoothing(taxonomy, *settings)
+        expected = definition(taxonomy, *settings)
         torch.testing.assert_close(loss.target_matrix(), expected, rtol=0, atol=1e-12)
 
 
@@ -116,6 +124,23 @@ def test_target_matrix_by_hand():
     assert TaxonomySmoothing(unary(), "mid", alpha=0.3).target_matrix().tolist() == [[1.0]]
     orphan = TaxonomySmoothing(forest(), "leaf", alpha=0.3).target_matrix()[6].tolist()
     assert orphan == pytest.approx([0.05] * 6 + [0.7])
+
+
+def test_clade_share_by_hand():
+    rows = (
+        TaxonomySmoothing(balanced(), "leaf", alpha=0.3, beta=0.0, clade_share=0.8).target_matrix().tolist()
+    )
+    assert rows[0] == pytest.approx([0.7, 0.12, 0.12, 0.02, 0.02, 0.02])
+    assert rows[5] == pytest.approx([0.02, 0.02, 0.02, 0.12, 0.12, 0.7])
+    # leaves 3 and 4 are a clade headed by an orphan, 5 is alone under its top class, 6 is an orphan itself
+    rows = TaxonomySmoothing(forest(), "leaf", alpha=0.3, beta=9.0, clade_share=0.5).target_matrix().tolist()
+    assert rows[3] == pytest.approx([0.03, 0.03, 0.03, 0.7, 0.15, 0.03, 0.03])
+    assert rows[5] == pytest.approx([0.05] * 5 + [0.7, 0.05])
+    assert rows[6] == pytest.approx([0.05] * 6 + [0.7])
+    one_clade = TaxonomySmoothing(unary(), "leaf", alpha=0.3, clade_share=0.5).target_matrix().tolist()
+    assert one_clade[0] == pytest.approx([0.7, 0.15, 0.15])
+    top = TaxonomySmoothing(balanced(), "top", alpha=0.3, clade_share=0.5).target_matrix().tolist()
+    assert top == [[0.7, 0.3], [0.3, 0.7]]
 
 
 @pytest.mark.parametrize("beta", [5.0, 12.0, 100.0, 1e6, 1e300])
@@ -143,15 +168,18 @@ def forests(draw):
     st.floats(0, 50),
     st.booleans(),
     st.booleans(),
+    st.just(1.0) | st.floats(0, 1),
     st.integers(0, 2**31 - 1),
 )
-@settings(max_examples=40, deadline=None)
-def test_values_and_gradients_equal_the_dense_definition(taxonomy, alpha, beta, roots, fallback, seed):
+@settings(max_examples=60, deadline=None)
+def test_values_and_gradients_equal_the_dense_definition(
+    taxonomy, alpha, beta, roots, fallback, clade_share, seed
+):
     generator = torch.Generator().manual_seed(seed)
     for level, size in enumerate(taxonomy.num_classes):
-        loss = TaxonomySmoothing(taxonomy, level, alpha, beta, roots, fallback)
-        rows = definition(taxonomy, level, alpha, beta, roots, fallback)
-        torch.testing.assert_close(loss.target_matrix(), rows, **EXACT)
+        loss = TaxonomySmoothing(taxonomy, level, alpha, beta, roots, fallback, clade_share)
+        rows = definition(taxonomy, level, alpha, beta, roots, fallback, clade_share)
+        torch.testing.assert_close(loss.target_matrix(), rows, rtol=0, atol=1e-12)
         torch.testing.assert_close(rows.sum(1), torch.ones(size, dtype=torch.float64))
 
         logits = 5 * torch.randn(6, size, generator=generator, dtype=torch.float64)
@@ -180,12 +208,12 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("chunk_elements", [1, 20, 2**18])
 def test_float32_with_and_without_table_in_chunks_of_any_size(form, chunk_elements, monkeypatch):
     monkeypatch.setattr(taxonomy_smoothing, "CHUNK_ELEMENTS", chunk_elements)
-    loss = TaxonomySmoothing(forest(), "leaf", alpha=0.3, beta=0.7)
+    loss = TaxonomySmoothing(forest(), "leaf", alpha=0.3, beta=0.7, clade_share=0.9)
     assert (loss.table is None) == (form == "compact")
     logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
     targets = torch.tensor([0, 6, 3, 3, 5, 1, 2, 4, 6])
     value = loss(logits, targets)
-    rows = definition(forest(), "leaf", 0.3, 0.7)[targets]
+    rows = definition(forest(), "leaf", 0.3, 0.7, clade_share=0.9)[targets]
     expected = -(rows * torch.log_softmax(logits.detach().double(), 1)).sum(1)
     torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=1e-6)
     value.sum().backward()
@@ -193,8 +221,9 @@ def test_float32_with_and_without_table_in_chunks_of_any_size(form, chunk_elemen
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradcheck(form, soft):
-    loss = TaxonomySmoothing(forest(), "leaf", alpha=0.3, beta=0.7)
+@pytest.mark.parametrize("clade_share", [1.0, 0.6])
+def test_gradcheck(form, soft, clade_share):
+    loss = TaxonomySmoothing(forest(), "leaf", alpha=0.3, beta=0.7, clade_share=clade_share)
     logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.rand(4, 7).softmax(1) if soft else torch.tensor([0, 6, 3, 5])
     assert torch.autograd.gradcheck(lambda z: loss(z, targets.double() if soft else targets), logits)
@@ -245,6 +274,12 @@ def test_alpha_out_of_range(arguments):
 def test_beta_out_of_range(beta):
     with pytest.raises(InputError, match="finite number >= 0"):
         TaxonomySmoothing(balanced(), "leaf", beta=beta)
+
+
+@pytest.mark.parametrize("clade_share", [-0.1, 1.1, math.nan])
+def test_clade_share_out_of_range(clade_share):
+    with pytest.raises(InputError, match="0 <= clade_share <= 1"):
+        TaxonomySmoothing(balanced(), "leaf", clade_share=clade_share)
 
 
 def test_wrong_width_and_unknown_level():
