@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from hiertune.config import (
     GradNormConfig,
     IdentityConfig,
     MedianConfig,
+    MixedHeadConfig,
     MLPConfig,
     TrialConfig,
 )
@@ -68,7 +69,7 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
         problems = Problems(None)
         gpu = _cuda_is_available()
         dataset.require_rows("train")
-    _check_weights(corners, dataset.levels, problems)
+    _check_levels(corners, dataset.levels, problems)
     _check_batch_size(corners, len(dataset.rows("train")), problems)
     _check_shared_layer(corners, problems)
     _check_device(corners, gpu, problems)
@@ -155,14 +156,21 @@ def _check_grace(space: Space, corners: list[Resolved], problems: Problems) -> N
 # ------------------------------------------------------------------------------ the trial's sections
 
 
-def _check_weights(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
+def _check_levels(corners: list[Resolved], levels: tuple[str, ...], problems: Problems) -> None:
     for corner in corners:
-        weighting = corner.config.weighting
-        for level in weighting.weights if isinstance(weighting, FixedConfig) else ():
-            if level not in levels:
-                key = ("weighting", "weights", level)
-                problem = f"the data has no level '{level}'{nearest(level, levels)}"
-                _add(problems, corner, key, problem, ", ".join(levels))
+        for key, names in _named_levels(corner.config):
+            for level in names:
+                if level not in levels:
+                    problem = f"the data has no level '{level}'{nearest(level, levels)}"
+                    _add(problems, corner, (*key, level), problem, ", ".join(levels))
+
+
+def _named_levels(config: TrialConfig) -> Iterator[tuple[Key, Iterable[str]]]:
+    """Every mapping from level names that the config holds, and its key."""
+    if isinstance(config.weighting, FixedConfig):
+        yield ("weighting", "weights"), config.weighting.weights
+    if isinstance(config.model.head, MixedHeadConfig):
+        yield ("model", "head", "levels"), config.model.head.levels
 
 
 def _check_batch_size(corners: list[Resolved], rows: int, problems: Problems) -> None:
