@@ -77,6 +77,7 @@ class Trial:
         self._parameters = list(self.model.parameters())
         self._optimizer = build_optimizer(config.optimizer, self._parameters)
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+        self._set_progress(0)
 
     # ------------------------------------------------------------------------------- training
 
@@ -102,6 +103,7 @@ class Trial:
 
         A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
         """
+        self._set_progress(self.steps)
         weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
         for number, (inputs, labels) in enumerate(batches, start=1):
             last = number == len(step.passes)
@@ -135,8 +137,7 @@ class Trial:
         self._weighting.update(self.model, losses, of_pass, base_losses)
 
     def _update_parameters(self) -> None:
-        total = self.config.train.epochs * self.plan.steps_per_epoch
-        factor = learning_rate_factor(self.config.schedule, self.steps, total)
+        factor = learning_rate_factor(self.config.schedule, self.steps, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
         if self.config.train.grad_clip > 0:
@@ -146,6 +147,15 @@ class Trial:
         self._scaler.update()
         self._optimizer.zero_grad()
         self.steps += 1
+
+    @property
+    def _total_steps(self) -> int:
+        return self.config.train.epochs * self.plan.steps_per_epoch
+
+    def _set_progress(self, step: int) -> None:
+        """Give the head the temperatures of `step` (from 0); the last step has the final ones."""
+        last = self._total_steps - 1
+        self.model.head.progress = step / last if last else 1.0
 
     def _gradient_sync(self, wanted: bool) -> AbstractContextManager:
         if wanted or not isinstance(self._network, DistributedDataParallel):
@@ -241,6 +251,7 @@ class Trial:
         self._optimizer.load_state_dict(state["optimizer"])
         self._weighting.load_state_dict(state["weighting"])
         self._scaler.load_state_dict(state["scaler"])
+        self._set_progress(self.steps - 1)
 
     @property
     def _identity(self) -> str:

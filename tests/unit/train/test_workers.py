@@ -12,7 +12,9 @@ from hiertune.config import (
     GradNormConfig,
     HierarchicalSoftmaxConfig,
     IdentityConfig,
+    MixedHeadConfig,
     ModelConfig,
+    PathSoftmaxConfig,
     SGDConfig,
     TaxonomySmoothingConfig,
 )
@@ -56,6 +58,17 @@ CASES = {
         "head": ConditionalHeadConfig(temperature=0.7),
         "accumulation": 2,
     },
+    "path softmax": {
+        "head": PathSoftmaxConfig(),
+        "weighting": GradNormConfig(interval=1, linear_heads=False),
+    },
+    "mixed heads": {
+        "head": MixedHeadConfig(
+            levels={"domain": PathSoftmaxConfig(), "genus": ConditionalHeadConfig(routing="hard")},
+            default=PathSoftmaxConfig(bias=False),
+        )
+    },
+    "changing temperature": {"head": ConditionalHeadConfig(temperature=4.0, final_temperature=0.3)},
     "batch norm": {"norm": "batch", "batch_size": 7},
     "batch norm under gradnorm at the last layer": {
         "norm": "batch",
@@ -94,7 +107,7 @@ def everything(config):
         dropout=0.3,
         norm="batch",
         accumulation=2,
-        head=ConditionalHeadConfig(routing="gumbel"),
+        head=ConditionalHeadConfig(routing="gumbel", temperature=3.0, final_temperature=0.3),
         weighting=GradNormConfig(interval=2),
         optimizer=AdamWConfig(lr=0.01),
     )
