@@ -15,6 +15,7 @@ from hiertune.config import (
     GradNormConfig,
     IdentityConfig,
     MedianConfig,
+    MixedHeadConfig,
     MixupConfig,
     MLPConfig,
     NoMixConfig,
@@ -162,7 +163,10 @@ def _check_grace(space: Space, corners: list[Resolved], problems: Problems) -> N
 
 def _level_names(config: TrialConfig) -> Iterator[tuple[Key, str]]:
     """Every level that a config names, each with the key at which it does."""
-    loss, weighting, mix, unknown = config.loss, config.weighting, config.mix, config.unknown
+    head, loss, weighting = config.model.head, config.loss, config.weighting
+    mix, unknown = config.mix, config.unknown
+    if isinstance(head, MixedHeadConfig):
+        yield from ((("model", "head", "levels", level), level) for level in head.levels)
     if isinstance(loss, TaxonomySmoothingConfig):
         yield from ((("loss", "levels", level), level) for level in loss.levels)
     if isinstance(weighting, FixedConfig):

@@ -65,9 +65,5 @@ def build_model(
     else:
         raise NotImplementedError(config.backbone.kind)
     # the head's settings bear the names of its arguments
-    head = HierarchicalHead(
-        backbone.out_features,
-        taxonomy,
-        **config.head.model_dump(exclude={"final_temperature", "temperature_schedule"}),
-    )
+    head = HierarchicalHead(backbone.out_features, taxonomy, **config.head.model_dump())
     return HierarchicalClassifier(backbone, head)

@@ -96,6 +96,10 @@ class BatchPlan:
         return -(-len(self._starts()) // self.accumulation)
 
     @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
     def smallest_pass(self) -> int:
         """Rows of the smallest pass over all workers."""
         return int(np.diff(self._starts(), append=len(self.rows)).min())
@@ -112,7 +116,7 @@ class BatchPlan:
             hidden_of = self.unknown.epoch(np.random.default_rng((self.seed, epoch, UNKNOWN)))
         passes: list[Pass] = []
         for number, places in enumerate(np.split(np.arange(len(order)), self._starts()[1:])):
-            progress = self._progress(epoch, number // self.accumulation)
+            progress = self.progress((epoch - 1) * self.steps_per_epoch + number // self.accumulation)
             whole = Pass(order[places], mix_of(places, progress) if mix_of else None)
             if hidden_of is not None:
                 whole = replace(whole, hidden=hidden_of(whole.reads, progress))
@@ -120,9 +124,9 @@ class BatchPlan:
         groups = range(0, len(passes), self.accumulation)
         return [Step(tuple(passes[first : first + self.accumulation])) for first in groups]
 
-    def _progress(self, epoch: int, step: int) -> float:
-        """Share of all other steps that are done before this one: 0 in the first, 1 in the last."""
-        return ((epoch - 1) * self.steps_per_epoch + step) / max(1, self.epochs * self.steps_per_epoch - 1)
+    def progress(self, step: int) -> float:
+        """Share of the training's other steps that are done before `step` (from 0): 1 in the last one."""
+        return step / (self.total_steps - 1) if self.total_steps > 1 else 1.0
 
     def _starts(self) -> np.ndarray:
         starts = np.arange(0, len(self.rows), self.batch_size)

@@ -89,6 +89,7 @@ class Trial:
         self._parameters = list(self.model.parameters())
         self._optimizer = build_optimizer(config.optimizer, self._parameters)
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+        self.model.head.progress = self.plan.progress(0)
 
     # ------------------------------------------------------------------------------- training
 
@@ -128,6 +129,7 @@ class Trial:
 
         A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
         """
+        self.model.head.progress = self.plan.progress(self.steps)
         weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
         for number, (inputs, targets) in enumerate(batches, start=1):
             last = number == len(step.passes)
@@ -164,8 +166,7 @@ class Trial:
         self._weighting.update(self.model, losses, of_pass, base_losses)
 
     def _update_parameters(self) -> None:
-        total = self.config.train.epochs * self.plan.steps_per_epoch
-        factor = learning_rate_factor(self.config.schedule, self.steps, total)
+        factor = learning_rate_factor(self.config.schedule, self.steps, self.plan.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
         if self.config.train.grad_clip > 0:
@@ -270,6 +271,7 @@ class Trial:
         self._optimizer.load_state_dict(state["optimizer"])
         self._weighting.load_state_dict(state["weighting"])
         self._scaler.load_state_dict(state["scaler"])
+        self.model.head.progress = self.plan.progress(self.steps - 1)
 
     @property
     def _identity(self) -> str:

@@ -1,42 +1,67 @@
-"""What every kind of head must do. A new kind is one more line in `HEADS`, and one case in `routed`."""
+"""What every kind of head must do. A new kind is one more line in `HEADS`, and one case in `definition`."""
 
 from __future__ import annotations
 
 import math
 import typing
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hiertune import Taxonomy
-from hiertune.config import HeadConfig
+from hiertune.config import ConditionalHeadConfig, HeadConfig
 from hiertune.models import HierarchicalHead
 
+PROGRESS = 0.25
 HEADS = [
     {"kind": "linear"},
     {"kind": "hierarchical_softmax"},
     {"kind": "hierarchical_softmax", "bias": False, "floor": 0.01},
-    {"kind": "conditional"},
-    {"kind": "conditional", "routing": "soft", "temperature": 0.4},
-    {"kind": "conditional", "routing": "hard", "temperature": 3.0},
-    {"kind": "conditional", "routing": "gumbel", "temperature": 0.7, "bias": False},
+    {"kind": "conditional", "temperature": 0.4},
+    {"kind": "conditional", "routing": "hard", "temperature": 4.0, "final_temperature": 0.5},
+    {
+        "kind": "conditional",
+        "routing": "gumbel",
+        "temperature": 2.0,
+        "final_temperature": 0.3,
+        "temperature_schedule": "cosine",
+        "bias": False,
+    },
+    {
+        "kind": "conditional",
+        "routing": "soft",
+        "final_temperature": 3.0,
+        "temperature_schedule": "linear",
+    },
+    {"kind": "path_softmax"},
+    {"kind": "mixed", "levels": {"a": {"kind": "path_softmax"}, "b": {"kind": "linear", "bias": False}}},
+    {
+        "kind": "mixed",
+        "levels": {"b": {"kind": "conditional", "routing": "hard", "temperature": 0.5, "floor": 1e-3}},
+        "default": {"kind": "path_softmax", "bias": False},
+    },
+    {
+        "kind": "mixed",
+        "levels": {
+            "a": {"kind": "hierarchical_softmax"},
+            "b": {"kind": "path_softmax"},
+            "c": {"kind": "conditional", "routing": "gumbel", "final_temperature": 2.0},
+        },
+        "default": {"kind": "linear"},
+    },
 ]
+THREE_LEVELS = ["a", "b", "c"]
 TAXONOMIES = {
-    "tree": Taxonomy.from_parents(["a", "b", "c"], [[-1], [0, 0, 0], [2, 0, 1, 0, 2]]),
-    "forest": Taxonomy.from_parents(["a", "b", "c"], [[-1, -1], [1, 0, 1], [2, 1, 0, 2, 2, 0]]),
-    "orphans": Taxonomy.from_parents(["a", "b", "c"], [[-1, -1, -1], [-1, 2, 0, -1], [3, -1, 0, 1, 1]]),
-    "all orphans": Taxonomy.from_parents(["a", "b", "c"], [[-1, -1], [-1, -1], [1, 0, 1]]),
+    "forest": Taxonomy.from_parents(THREE_LEVELS, [[-1, -1], [1, 0, 1], [2, 1, 0, 2, 2, 0]]),
+    "childless": Taxonomy.from_parents(THREE_LEVELS, [[-1, -1, -1], [2, 0, 0], [2, 0, 0, 2]]),
+    "orphans": Taxonomy.from_parents(THREE_LEVELS, [[-1, -1, -1], [-1, 2, 0, -1], [3, -1, 0, 1, 1]]),
+    "all orphans": Taxonomy.from_parents(THREE_LEVELS, [[-1, -1], [-1, -1], [1, 0, 1]]),
     "one level": Taxonomy.from_parents(["a"], [[-1] * 4]),
+    "one root": Taxonomy.from_parents(["a", "b"], [[-1], [0, 0]]),
     "unary": Taxonomy.from_parents(["a", "b"], [[-1], [0]]),
 }
 FEATURES, BATCH = 4, 7
-
-
-@pytest.fixture(params=HEADS, ids=lambda settings: "-".join(map(str, settings.values())))
-def settings(request) -> dict:
-    return request.param
 
 
 @pytest.fixture(params=TAXONOMIES, ids=str)
@@ -44,15 +69,29 @@ def taxonomy(request) -> Taxonomy:
     return TAXONOMIES[request.param]
 
 
+@pytest.fixture(params=HEADS, ids=lambda settings: f"{settings['kind']}-{HEADS.index(settings)}")
+def settings(request, taxonomy) -> dict:
+    settings = request.param
+    if "levels" in settings:  # only those that this taxonomy has
+        named = {level: own for level, own in settings["levels"].items() if level in taxonomy.levels}
+        settings = settings | {"levels": named}
+    return settings
+
+
 @pytest.fixture(params=[True, False], ids=["train", "eval"])
 def training(request) -> bool:
     return request.param
 
 
+in_evaluation = pytest.mark.parametrize("training", [False], ids=["eval"])
+
+
 @pytest.fixture
 def head(settings, taxonomy, training) -> HierarchicalHead:
     torch.manual_seed(0)
-    return HierarchicalHead(FEATURES, taxonomy, **settings).double().train(training)
+    head = HierarchicalHead(FEATURES, taxonomy, **settings).double().train(training)
+    head.progress = PROGRESS
+    return head
 
 
 @pytest.fixture
@@ -61,9 +100,28 @@ def features() -> torch.Tensor:
     return (5 * torch.randn(BATCH, FEATURES, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
+def of_level(settings: dict, level: str) -> dict:
+    """The settings of one level."""
+    if settings["kind"] != "mixed":
+        return settings
+    return settings["levels"].get(level, settings.get("default", {"kind": "hierarchical_softmax"}))
+
+
+def temperature_of(settings: dict) -> float:
+    start = settings.get("temperature", 1.0)
+    end = settings.get("final_temperature", start)
+    match settings.get("temperature_schedule", "exponential"):
+        case "linear":
+            return start + PROGRESS * (end - start)
+        case "cosine":
+            return end + (start - end) * (1 + math.cos(PROGRESS * math.pi)) / 2
+        case "exponential":
+            return start * (end / start) ** PROGRESS
+
+
 def routed(logits: torch.Tensor, settings: dict, training: bool) -> torch.Tensor:
     """r of the documentation, `[B, parents]`."""
-    routing, temperature = settings.get("routing", "soft"), settings.get("temperature", 1.0)
+    routing, temperature = settings.get("routing", "soft"), temperature_of(settings)
     if routing == "hard" and not training:
         one_hot = torch.zeros_like(logits)
         one_hot[torch.arange(len(logits)), logits.argmax(1)] = 1.0
@@ -73,41 +131,69 @@ def routed(logits: torch.Tensor, settings: dict, training: bool) -> torch.Tensor
     return torch.softmax(logits / temperature, 1)
 
 
-def dense(head: HierarchicalHead, taxonomy: Taxonomy, features, settings, training) -> dict:
-    """base + log(r(parent) @ H + floor), with H written out; nothing is added for roots and orphans."""
-    floor = settings.get("floor", 1e-10)
-    base = {level: features @ layer.weight.T for level, layer in head.linear.items()}
-    for level, layer in head.linear.items():
+def with_prior(base: torch.Tensor, above: torch.Tensor, parents: list[int], settings, training):
+    """base + log(r(parent) @ H + floor), with H written out; nothing is added for orphans."""
+    matrix = torch.zeros(above.shape[1], len(parents), dtype=torch.float64)
+    for child, parent in enumerate(parents):
+        if parent >= 0:
+            matrix[parent, child] = 1.0
+    prior = torch.log(routed(above, settings, training) @ matrix + settings.get("floor", 1e-10))
+    orphans = torch.tensor([parent < 0 for parent in parents])
+    return base + torch.where(orphans, 0.0, prior)
+
+
+def along_the_path(base: torch.Tensor, above: torch.Tensor, parents: list[int]) -> torch.Tensor:
+    """Log-probabilities class by class, `above` being the probabilities of the level above."""
+    terms = base.exp()
+    whole = terms.sum(1)
+    linked = terms[:, [c for c, parent in enumerate(parents) if parent >= 0]].sum(1)
+    columns = []
+    for child, parent in enumerate(parents):
+        if parent < 0:
+            columns.append(terms[:, child] / whole)
+        else:
+            siblings = terms[:, [c for c, other in enumerate(parents) if other == parent]].sum(1)
+            columns.append(linked / whole * above[:, parent] * terms[:, child] / siblings)
+    return torch.stack(columns, 1).log()
+
+
+def definition(head: HierarchicalHead, taxonomy: Taxonomy, features, settings, training) -> dict:
+    """Logits of every level, written out."""
+    logits: dict[str, torch.Tensor] = {}
+    above = None
+    for level, parents in zip(taxonomy.levels, taxonomy.parents, strict=True):
+        own, layer = of_level(settings, level), head.linear[level]
+        refined = features @ layer.weight.T
         if layer.bias is not None:
-            base[level] = base[level] + layer.bias
-    if settings["kind"] == "linear":
-        return base
-    logits = {taxonomy.levels[0]: base[taxonomy.levels[0]]}
-    for position, (above, level) in enumerate(pairwise(taxonomy.levels), start=1):
-        parents = taxonomy.parents[position].tolist()
-        matrix = torch.zeros(taxonomy.num_classes[position - 1], len(parents), dtype=torch.float64)
-        for child, parent in enumerate(parents):
-            if parent >= 0:
-                matrix[parent, child] = 1.0
-        prior = torch.log(routed(logits[above], settings, training) @ matrix + floor)
-        orphans = torch.tensor([parent < 0 for parent in parents])
-        logits[level] = base[level] + torch.where(orphans, 0.0, prior)
+            refined = refined + layer.bias
+        if own["kind"] == "path_softmax" and above is None:
+            refined = torch.log(refined.exp() / refined.exp().sum(1, keepdim=True))
+        elif own["kind"] == "path_softmax":
+            among_paths = of_level(settings, above)["kind"] == "path_softmax"
+            probabilities = logits[above].exp() if among_paths else logits[above].softmax(1)
+            refined = along_the_path(refined, probabilities, parents.tolist())
+        elif own["kind"] != "linear" and above is not None:
+            refined = with_prior(refined, logits[above], parents.tolist(), own, training)
+        above, logits[level] = level, refined
     return logits
 
 
-def test_every_kind_and_routing_is_tested():
+def test_every_kind_routing_and_schedule_is_tested():
     configs = typing.get_args(typing.get_args(HeadConfig)[0])
     kinds = {config.model_fields["kind"].default for config in configs}
     assert {settings["kind"] for settings in HEADS} == kinds
-    routings = set(typing.get_args(configs[-1].model_fields["routing"].annotation))
-    assert {settings.get("routing", "soft") for settings in HEADS} == routings
+    mixed = {own["kind"] for settings in HEADS for own in settings.get("levels", {}).values()}
+    assert mixed == kinds - {"mixed"}
+    for key in ("routing", "temperature_schedule"):
+        field = ConditionalHeadConfig.model_fields[key]
+        assert {s.get(key, field.default) for s in HEADS} == set(typing.get_args(field.annotation))
 
 
-def test_logits_and_gradients_equal_the_dense_formula(head, taxonomy, features, settings, training):
+def test_logits_and_gradients_equal_the_definition(head, taxonomy, features, settings, training):
     torch.manual_seed(3)
     ours = head(features)
     torch.manual_seed(3)
-    theirs = dense(head, taxonomy, features, settings, training)
+    theirs = definition(head, taxonomy, features, settings, training)
     assert list(ours) == list(taxonomy.levels)
     leaves = [features, *head.parameters()]
     for level in taxonomy.levels:
@@ -123,6 +209,41 @@ def test_logits_and_gradients_equal_the_dense_formula(head, taxonomy, features, 
                 torch.testing.assert_close(of_ours, of_theirs, rtol=0, atol=1e-10)
 
 
+@in_evaluation
+def test_base_logits_take_exact_gradients(head, taxonomy):
+    generator = torch.Generator().manual_seed(4)
+    base = [
+        torch.randn(2, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size in taxonomy.num_classes
+    ]
+
+    def refined(*base):
+        torch.manual_seed(3)
+        return tuple(head.refine(dict(zip(taxonomy.levels, base, strict=True))).values())
+
+    assert torch.autograd.gradcheck(refined, base)
+
+
+@in_evaluation
+def test_several_backward_passes_give_the_same(head, features):
+    """GradNorm goes back through one forward several times."""
+    logits = head(features)
+    for scores in logits.values():
+        first, second = (
+            torch.autograd.grad(scores.square().sum(), features, retain_graph=True)[0] for _ in range(2)
+        )
+        assert torch.equal(first, second)
+
+
+@in_evaluation
+def test_the_level_above_is_not_changed(head, features):
+    base = head.base(features)
+    before = {level: logits.detach().clone() for level, logits in base.items()}
+    head.refine(base)
+    assert all(map(torch.equal, before.values(), base.values()))
+
+
+@in_evaluation
 def test_without_refinement_it_gives_the_linear_layers(head, features):
     base = head(features, refine=False)
     for level, linear in head.linear.items():
@@ -140,6 +261,7 @@ def test_refining_the_base_logits_equals_the_forward(head, features):
         assert all(map(torch.equal, whole.values(), head.base(features).values()))
 
 
+@in_evaluation
 def test_each_linear_layer_runs_once(head, features):
     calls = []
     for level, linear in head.linear.items():
@@ -148,14 +270,15 @@ def test_each_linear_layer_runs_once(head, features):
     assert calls == list(head.levels)
 
 
+@in_evaluation
 def test_rows_do_not_see_one_another_in_evaluation(head, features):
-    head.eval()
     alone = head(features[2:3])
     together = head(features)
     for level in head.levels:
         torch.testing.assert_close(alone[level][0], together[level][2])
 
 
+@in_evaluation
 def test_input_gradient_is_that_of_autograd(head, features):
     base = head(features, refine=False)
     generator = torch.Generator().manual_seed(2)
@@ -180,23 +303,27 @@ def test_large_logits_stay_finite_under_autocast(head, features, dtype):
         assert {tensor.dtype for tensor in logits.values()} == {torch.float32}
 
 
-def test_holds_no_more_than_one_number_per_class_beside_its_layers(head, taxonomy):
-    assert sum(buffer.numel() for buffer in head.buffers()) <= taxonomy.num_nodes
+@in_evaluation
+def test_holds_no_more_than_two_numbers_per_class_beside_its_layers(head, taxonomy):
+    assert sum(buffer.numel() for buffer in head.buffers()) <= 2 * taxonomy.num_nodes
     assert len(head.state_dict()) == len(list(head.parameters()))
 
 
 def test_state_dict_round_trip(head, settings, taxonomy, training, features):
     torch.manual_seed(99)
     other = HierarchicalHead(FEATURES, taxonomy, **settings).double().train(training)
-    assert not torch.equal(other(features)["a"], head(features)["a"])
+    assert not torch.equal(other.base(features)["a"], head.base(features)["a"])
     other.load_state_dict(head.state_dict())
+    other.progress = head.progress
     torch.manual_seed(3)
     ours = head(features)
     torch.manual_seed(3)
     assert all(map(torch.equal, ours.values(), other(features).values()))
 
 
-@pytest.mark.parametrize("settings", HEADS[1:])
+@pytest.mark.parametrize(
+    "settings", [s for s in HEADS if s["kind"] in ("hierarchical_softmax", "conditional")], ids=str
+)
 def test_a_hopeless_parent_costs_the_floor(settings, training):
     taxonomy = Taxonomy.from_parents(["a", "b"], [[-1, -1], [0, 1]])
     head = HierarchicalHead(1, taxonomy, **settings | {"bias": True}).double().train(training)

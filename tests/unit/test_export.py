@@ -20,8 +20,10 @@ from hiertune.config import (
     IdentityConfig,
     KmerConfig,
     LinearHeadConfig,
+    MixedHeadConfig,
     MLPConfig,
     ModelConfig,
+    PathSoftmaxConfig,
     TrialConfig,
 )
 from hiertune.data import write_dataset
@@ -41,6 +43,13 @@ MODELS = {
     "mlp": ModelConfig(
         backbone=MLPConfig(hidden=[8, 5], dropout=0.5, norm="batch"),
         head=ConditionalHeadConfig(routing="gumbel", temperature=0.7),
+    ),
+    "mixed": ModelConfig(
+        backbone=MLPConfig(hidden=[8]),
+        head=MixedHeadConfig(
+            levels={"genus": ConditionalHeadConfig(temperature=4.0, final_temperature=0.2)},
+            default=PathSoftmaxConfig(bias=False),
+        ),
     ),
     "identity": ModelConfig(backbone=IdentityConfig(dropout=0.3), head=LinearHeadConfig(bias=False)),
 }

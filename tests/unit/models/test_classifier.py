@@ -14,10 +14,12 @@ from hiertune.config import (
     HierarchicalSoftmaxConfig,
     IdentityConfig,
     LinearHeadConfig,
+    MixedHeadConfig,
     MLPConfig,
     ModelConfig,
+    PathSoftmaxConfig,
 )
-from hiertune.models import MLP, Identity, build_model
+from hiertune.models import MLP, Identity, LevelSettings, build_model
 
 TAXONOMY = Taxonomy.from_parents(["a", "b"], [[-1, -1], [0, 0, 1]])
 STATISTICS = (torch.full((5,), 1.0), torch.full((5,), 2.0))
@@ -70,21 +72,34 @@ def test_what_is_kept_is_no_state():
     assert set(model.state_dict()) == before
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (LinearHeadConfig(bias=False), ("linear", "soft", 1.0)),
-        (HierarchicalSoftmaxConfig(floor=0.1), ("hierarchical_softmax", "soft", 1.0)),
-        (ConditionalHeadConfig(routing="hard", temperature=3.0, floor=0.2), ("conditional", "hard", 3.0)),
-    ],
+CONDITIONAL = ConditionalHeadConfig(
+    routing="hard", temperature=3.0, final_temperature=0.5, temperature_schedule="cosine", floor=0.2
 )
-def test_build_follows_the_head_config(config, expected):
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LinearHeadConfig(bias=False), HierarchicalSoftmaxConfig(floor=0.1), CONDITIONAL, PathSoftmaxConfig()],
+)
+def test_build_follows_the_head_config(config):
     head = make(config).head
-    assert (head.kind, head.routing, head.temperature) == expected
+    expected = LevelSettings(**config.model_dump())
+    assert head.kind == config.kind
+    assert head.settings == {"a": expected, "b": expected}
     assert (head.linear["a"].bias is None) == (not config.bias)
     assert head.linear["a"].in_features == 6
-    if config.kind != "linear":
-        assert head.floor == config.floor
+    assert head.progress == 1.0
+
+
+def test_build_follows_the_config_of_every_level():
+    head = make(MixedHeadConfig(levels={"b": CONDITIONAL}, default=LinearHeadConfig(bias=False))).head
+    assert head.kind == "mixed"
+    assert head.settings == {
+        "a": LevelSettings("linear", bias=False),
+        "b": LevelSettings(**CONDITIONAL.model_dump()),
+    }
+    assert head.linear["a"].bias is None
+    assert head.linear["b"].bias is not None
 
 
 @pytest.mark.parametrize(("config", "kind"), [(MLPConfig(hidden=[7, 3]), MLP), (IdentityConfig(), Identity)])

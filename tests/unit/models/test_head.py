@@ -34,7 +34,7 @@ def prior(head: HierarchicalHead, rows: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("settings", "allowed"),
     [
-        ({"kind": "softmax"}, "linear, hierarchical_softmax, conditional"),
+        ({"kind": "softmax"}, "linear, hierarchical_softmax, conditional, path_softmax, mixed"),
         ({"routing": "top2"}, "soft, hard, gumbel"),
         ({"temperature": 0.0}, "above 0"),
         ({"temperature": -1.0}, "above 0"),
@@ -142,15 +142,47 @@ def test_refinement_uses_the_refined_parent():
     torch.testing.assert_close(logits["c"].softmax(1), share)
 
 
-def test_a_hundred_thousand_leaves():
+@pytest.mark.parametrize("kind", ["hierarchical_softmax", "path_softmax"])
+def test_a_hundred_thousand_leaves(kind):
     random = np.random.default_rng(0)
     sizes = (300, 3000, 20_000, 100_000)
     parents = [np.full(300, -1), *(random.integers(-1, a, b) for a, b in pairwise(sizes))]
-    head = HierarchicalHead(2, Taxonomy.from_parents(list("abcd"), parents), "hierarchical_softmax")
+    head = HierarchicalHead(2, Taxonomy.from_parents(list("abcd"), parents), kind)
     logits = head(torch.randn(3, 2))
     sum(scores.logsumexp(1).sum() for scores in logits.values()).backward()
     assert logits["d"].shape == (3, 100_000)
     assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_refines_only_if_some_level_does():
+    assert not make("linear").refines
+    assert not make("mixed", default={"kind": "linear"}, levels={}).refines
+    assert make("mixed", default={"kind": "linear"}, levels={"b": {"kind": "path_softmax"}}).refines
+
+
+def test_a_level_that_the_taxonomy_lacks_is_refused():
+    with pytest.raises(ValueError, match="'genus'") as error:
+        make("mixed", levels={"genus": {"kind": "linear"}})
+    assert str(error.value) == "levels.genus: there is no level 'genus'\n  allowed: a, b"
+
+
+def test_bias_of_single_levels():
+    head = make("mixed", default={"kind": "linear", "bias": False}, levels={"b": {"kind": "path_softmax"}})
+    assert head.linear["a"].bias is None
+    assert head.linear["b"].bias.shape == (5,)
+
+
+def test_temperatures_follow_the_progress():
+    head = make(temperature=4.0, final_temperature=1.0)
+    assert head.temperatures == {"a": 1.0, "b": 1.0}  # as after training
+    trained = head(features())["b"]
+    head.progress = 0.5
+    assert head.temperatures == {"a": 2.0, "b": 2.0}
+    assert head.settings["b"].temperature == 4.0
+    assert torch.equal(head(features())["b"], make(temperature=2.0)(features())["b"])
+    head.progress = 1.0
+    assert torch.equal(head(features())["b"], trained)
+    assert make("path_softmax").temperatures == {}
 
 
 def test_pickles():
@@ -161,4 +193,6 @@ def test_pickles():
 
 def test_says_what_it_is():
     assert "kind=hierarchical_softmax" in repr(make("hierarchical_softmax"))
-    assert "routing=hard, temperature=2.0" in repr(make(routing="hard", temperature=2.0))
+    assert "kind=conditional, routing=hard, temperature=2.0" in repr(make(routing="hard", temperature=2.0))
+    mixed = make("mixed", levels={"b": {"kind": "path_softmax"}})
+    assert "kind=mixed, levels={a: hierarchical_softmax, b: path_softmax}" in repr(mixed)

@@ -28,7 +28,9 @@ from hiertune.train.batches import BatchPlan
 from hiertune.train.checkpoint import CheckpointClock
 from hiertune.train.loop import run_trial
 from hiertune.train.result import TrialFailed
+from hiertune.train.settings import trial_settings
 from hiertune.train.standardize import standardization
+from hiertune.train.trial import Trial
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def rich(config):
         dropout=0.3,
         input_dropout=0.1,
         norm="batch",
-        head=ConditionalHeadConfig(routing="gumbel"),
+        head=ConditionalHeadConfig(routing="gumbel", temperature=3.0, final_temperature=0.3),
         loss=TaxonomySmoothingConfig(),
         weighting=GradNormConfig(interval=2),
         optimizer=AdamWConfig(lr=0.01),
@@ -196,6 +198,30 @@ def test_the_learning_rate_follows_the_schedule_by_step(config, data, alone):
     assert rates == pytest.approx([0.2 * factor for factor in expected])
 
 
+def test_the_temperature_follows_the_steps(config, data):
+    """The first step has the start's, the last the final one; evaluation that of the step before it."""
+    head = ConditionalHeadConfig(temperature=4.0, final_temperature=1.0, temperature_schedule="linear")
+    settings = config(epochs=2, batch_size=15, head=head, accumulation=2)
+    seen = []
+    with trial_settings(settings.train, torch.device("cpu")):
+        trial = Trial(settings, data, ("train",), torch.device("cpu"))
+        trial.model.register_forward_pre_hook(lambda *_: seen.append(trial.model.head.temperatures["genus"]))
+        for _ in range(2):
+            trial.train_epoch()
+            trial.evaluate("val", data.rows("val"))
+    # per epoch a step of two passes, one of one, and one batch of validation
+    assert seen == pytest.approx([4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0])
+    assert (seen[0], seen[-1]) == (4.0, 1.0)
+
+
+def test_a_trial_of_one_step_has_the_final_temperature(config, data):
+    settings = config(epochs=1, batch_size=1000, head=ConditionalHeadConfig(final_temperature=0.5))
+    with trial_settings(settings.train, torch.device("cpu")):
+        trial = Trial(settings, data, ("train",), torch.device("cpu"))
+        trial.train_epoch()
+    assert trial.model.head.temperatures["genus"] == 0.5
+
+
 def test_it_learns(config, data, alone):
     record = alone(config(epochs=15, optimizer=AdamWConfig(lr=0.02)), data)
     assert record["outcome"].metrics["val/accuracy/genus"] > 0.8
@@ -279,6 +305,16 @@ def test_a_stopped_trial_can_be_taken_up_again(rich, data, alone, tmp_path):
     assert comparable(stopped)[0] == whole[0][:2]
     resumed = alone(rich, data, checkpoint=tmp_path / "checkpoint")
     assert comparable(resumed) == (whole[0][2:], *whole[1:])
+
+
+def test_evaluation_after_resuming_is_that_before(rich, data, alone, tmp_path):
+    stopped = alone(rich, data, checkpoint=tmp_path / "checkpoint", stop_at=2)
+    cpu = torch.device("cpu")
+    with trial_settings(rich.train, cpu):
+        trial = Trial(rich, data, ("train",), cpu)
+        trial.resume(tmp_path / "checkpoint")
+        metrics = trial.evaluate("val", data.rows("val"))
+    assert metrics.items() <= stopped["outcome"].metrics.items()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(rich, data, alone, tmp_path, every_epoch):

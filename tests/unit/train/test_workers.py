@@ -14,8 +14,10 @@ from hiertune.config import (
     HierarchicalSoftmaxConfig,
     IdentityConfig,
     LinearProbability,
+    MixedHeadConfig,
     MixupConfig,
     ModelConfig,
+    PathSoftmaxConfig,
     SGDConfig,
     TaxonomySmoothingConfig,
     UnknownOutcomeConfig,
@@ -60,6 +62,17 @@ CASES = {
         "head": ConditionalHeadConfig(temperature=0.7),
         "accumulation": 2,
     },
+    "path softmax": {
+        "head": PathSoftmaxConfig(),
+        "weighting": GradNormConfig(interval=1, linear_heads=False),
+    },
+    "mixed heads": {
+        "head": MixedHeadConfig(
+            levels={"domain": PathSoftmaxConfig(), "genus": ConditionalHeadConfig(routing="hard")},
+            default=PathSoftmaxConfig(bias=False),
+        )
+    },
+    "changing temperature": {"head": ConditionalHeadConfig(temperature=4.0, final_temperature=0.3)},
     "batch norm": {"norm": "batch", "batch_size": 7},
     "batch norm under gradnorm at the last layer": {
         "norm": "batch",
@@ -109,7 +122,7 @@ def everything(config):
         dropout=0.3,
         norm="batch",
         accumulation=2,
-        head=ConditionalHeadConfig(routing="gumbel"),
+        head=ConditionalHeadConfig(routing="gumbel", temperature=3.0, final_temperature=0.3),
         weighting=GradNormConfig(interval=2),
         mix=MixupConfig(level="family", min_group_size=2),
         unknown=UnknownOutcomeConfig(masked=0.5, probability=ConstantProbability(value=0.5)),
