@@ -4,7 +4,8 @@ from hiertune.data.builtin import builtin_names
 from hiertune.data.dataset import HierarchicalDataset, Inputs, MemoryInputs, open_dataset
 from hiertune.data.describe import Description, describe
 from hiertune.data.format import write_dataset
-from hiertune.data.importers import import_fasta, import_table
+from hiertune.data.importers.fasta import import_fasta
+from hiertune.data.importers.table import import_table
 from hiertune.data.nearest import nearest_neighbour_predictions
 from hiertune.data.splits import SPLITS, split_of_ids
 
