@@ -67,18 +67,21 @@ class Table:
     """Labels, id and split: never features."""
 
     @classmethod
-    def read(cls, path: Path, text_columns: list[str]) -> Table:
+    def read(cls, path: Path, text_columns: list[str] | None = None) -> Table:
+        """The table; `text_columns` must be there (None: all are text). InputError if it cannot be read."""
         separator = _separator(path)
         try:
             if separator is None:
                 frame = pd.read_parquet(path, dtype_backend="numpy_nullable")
             else:
-                texts = dict.fromkeys(text_columns, str)
+                texts = str if text_columns is None else dict.fromkeys(text_columns, str)
                 # text stays as it is: "NA" is for `clean_rank` to judge, and no number either
                 frame = pd.read_csv(path, sep=separator, dtype=texts, keep_default_na=False, low_memory=False)
         except (OSError, EOFError, zlib.error, ValueError) as error:  # pandas' and pyarrow's are ValueErrors
             problem = " ".join(str(error).split())
             raise InputError(f"cannot be read as a table: {problem}", file=path) from error
+        if text_columns is None:
+            text_columns = [str(name) for name in frame.columns]
         table = cls(path, frame, tuple(text_columns))
         table.check_columns(text_columns)
         if not len(frame):
