@@ -219,6 +219,7 @@ def test_bad_files_and_options(tmp_path, year, message):
     train, _ = year("train.json", CATEGORIES_2017, [("a.png", 0)])
     val, _ = year("val.json", CATEGORIES_2018, [("b.png", 7)])
     other, _ = year("more.json", CATEGORIES_2017, [("c.png", 7)])
+    both, _ = year("train_val.json", CATEGORIES_2017, [("d.png", 7)])
     again, _ = year("val_again.json", CATEGORIES_2017, [("a.png", 0)])
 
     def first_line(files, **options):
@@ -228,6 +229,7 @@ def test_bad_files_and_options(tmp_path, year, message):
         f"{val}: categories: category 0 is not the same as in the files before it"
     )
     assert first_line([train, other]) == f"{other}: which split is it?"
+    assert first_line([both, train]) == f"{both}: which split is it?"
     assert first_line([train, again]) == f"{again}: images: the image 'a.png' is in {train} already"
     assert first_line([train], splits=["trian"]) == "split: is trian"
     assert first_line([train, other], splits=["train"]) == "split: is train"

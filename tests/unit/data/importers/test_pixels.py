@@ -12,7 +12,9 @@ from rich.console import Console
 from hiertune import Taxonomy
 from hiertune.data import ImageOptions, split_of_ids
 from hiertune.data.importers.pixels import (
+    _in_threads,
     fit_array,
+    fit_image,
     image_ids,
     quiet,
     read_image,
@@ -96,6 +98,12 @@ def test_a_large_jpeg_decoded_at_less_is_nearly_the_same(tmp_path):
     picture.save(tmp_path / "a.png")
     found, exact = (read_image(tmp_path / name, 64).astype(int) for name in ("a.jpg", "a.png"))
     assert np.abs(found - exact).max() <= 8
+
+
+def test_a_jpeg_of_less_than_four_times_the_size_is_decoded_in_full(tmp_path, image):
+    image(tmp_path / "a.jpg", size=95)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert np.array_equal(read_image(tmp_path / "a.jpg", 24), fit_image(opened, 24))
 
 
 @pytest.mark.parametrize(
@@ -207,21 +215,39 @@ def test_rows_keep_their_order_whatever_the_threads(tmp_path, open_images, rows,
     assert data.labels[:, 0].tolist() == (np.arange(rows) % 2).tolist()
 
 
-def test_threads_work_at_once_and_not_far_ahead(tmp_path):
+def test_threads_work_at_once_and_not_far_ahead():
     meet = threading.Barrier(2, timeout=30)
-    seen = []
+    taken = []
+
+    def rows():
+        for row in range(1000):
+            taken.append(row)
+            yield row
 
     def load(row):
         if row < 2:
             meet.wait()  # passes only while two threads are in here
-        seen.append(row)
-        if row == 0:
+        if row == 500:
+            raise InputError("broken")
+        return row
+
+    results = _in_threads(load, rows(), 2)
+    for row in range(500):
+        assert next(results) == row
+        assert len(taken) <= row + 20
+    with pytest.raises(InputError, match="broken"):
+        next(results)
+    assert len(taken) < 520
+
+
+def test_a_broken_row_ends_it_and_leaves_nothing(tmp_path):
+    def load(row):
+        if row == 500:
             raise InputError("broken")
         return picture(row)
 
     with pytest.raises(InputError, match="broken"):
         write(tmp_path / "a.h5", load, 1000, threads=2)
-    assert len(seen) < 50
     assert list(tmp_path.iterdir()) == []
 
 
