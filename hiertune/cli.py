@@ -255,5 +255,142 @@ def import_table_command(
     Console().print(describe_data(out))
 
 
+Size = Annotated[
+    int, typer.Option(min=1, help="Height and width: the shorter side is resized to it, the longer cut.")
+]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out images that are missing or unreadable.")
+]
+ValShare = Annotated[float, typer.Option(help="Share of the source's training rows that becomes val.")]
+TestShare = Annotated[float, typer.Option(help="Share of the source's training rows that becomes test.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that decode; by default one per core.")]
+
+
+@data_app.command("import-images")
+def import_images_command(
+    folder: Annotated[Path, typer.Argument(help="FOLDER/CLASS/x.jpg, or FOLDER/train/CLASS/x.jpg, ...")],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to make.")],
+    taxonomy: Annotated[
+        Path | None,
+        typer.Option(help="CSV, TSV or Parquet with the lineage of each class; else the folders are it."),
+    ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Columns of the table, or names for the folders; coarse to fine, with commas."),
+    ] = None,
+    class_column: Annotated[
+        str | None, typer.Option(help="Column with the folders' names; by default the first.")
+    ] = None,
+    size: Size = 224,
+    unknown: Unknown = None,
+    skip_broken: SkipBroken = False,
+    val_share: ValShare = 0.0,
+    test_share: TestShare = 0.0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set from a folder of images."""
+    from hiertune.data import ImageOptions, import_images
+    from hiertune.data import describe as describe_data
+
+    import_images(
+        folder,
+        out,
+        taxonomy,
+        None if levels is None else _names(levels),
+        class_column=class_column,
+        unknown=unknown or (),
+        options=ImageOptions(size, skip_broken, val_share, test_share, threads, overwrite),
+        console=Console(),
+    )
+    Console().print(describe_data(out))
+
+
+@data_app.command("import-inat")
+def import_inat_command(
+    annotations: Annotated[
+        list[Path], typer.Argument(help="JSON files, such as train2018.json val2018.json.")
+    ],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to make.")],
+    images: Annotated[Path, typer.Option(help="Folder in which the files' file_name start.")],
+    categories: Annotated[
+        Path | None, typer.Option(help="categories.json that replaces the files' categories.")
+    ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Keys of categories, coarse to fine, with commas; by default the ranks they have."),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="train, val or test, once for each file; by default its name says so."),
+    ] = None,
+    size: Size = 224,
+    unknown: Unknown = None,
+    skip_broken: SkipBroken = False,
+    val_share: ValShare = 0.0,
+    test_share: TestShare = 0.0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set from the JSON files of an iNaturalist competition (2017, 2018, 2019, 2021)."""
+    from hiertune.data import ImageOptions, import_inat
+    from hiertune.data import describe as describe_data
+
+    import_inat(
+        annotations,
+        out,
+        images,
+        categories=categories,
+        levels=None if levels is None else _names(levels),
+        splits=split or None,
+        unknown=unknown or (),
+        options=ImageOptions(size, skip_broken, val_share, test_share, threads, overwrite),
+        console=Console(),
+    )
+    Console().print(describe_data(out))
+
+
+@data_app.command("import-linnaeus")
+def import_linnaeus_command(
+    labels: Annotated[Path, typer.Argument(help="Linnaeus' labels.h5.")],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to make.")],
+    images: Annotated[Path, typer.Option(help="Its images.h5, or the folder of the images.")],
+    extension: Annotated[str, typer.Option(help="What file names have after the identifier: .jpg")] = "",
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Datasets, coarse to fine, with commas: taxa_L20,taxa_L10; by default all."),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help="Names for the levels, coarse to fine, with commas: genus,species."),
+    ] = None,
+    taxa: Annotated[
+        Path | None, typer.Option(help="Table with columns id and name; by default ids are the names.")
+    ] = None,
+    size: Size = 224,
+    skip_broken: SkipBroken = False,
+    val_share: ValShare = 0.0,
+    test_share: TestShare = 0.0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set from the HDF5 files of Linnaeus: labels and images, without other metadata."""
+    from hiertune.data import ImageOptions, import_linnaeus
+    from hiertune.data import describe as describe_data
+
+    import_linnaeus(
+        labels,
+        out,
+        images,
+        extension=extension,
+        levels=None if levels is None else _names(levels),
+        names=None if names is None else _names(names),
+        taxa=taxa,
+        options=ImageOptions(size, skip_broken, val_share, test_share, threads, overwrite),
+        console=Console(),
+    )
+    Console().print(describe_data(out))
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]

@@ -381,7 +381,7 @@ def _hdf5_blocks(source: Path) -> Iterator[Block]:
 
 
 def _fasta_blocks(source: Path, kmer: KmerConfig) -> Iterator[Block]:
-    from hiertune.data.importers import read_fasta
+    from hiertune.data.importers.fasta import read_fasta
     from hiertune.data.kmers import kmer_features
 
     records = read_fasta(source)

@@ -10,7 +10,7 @@ import platformdirs
 
 from hiertune.config import KmerConfig
 from hiertune.data.format import VERSION
-from hiertune.data.importers import import_fasta
+from hiertune.data.importers.fasta import import_fasta
 from hiertune.errors import InputError
 
 _FOLDER = Path(__file__).parent / "builtin"

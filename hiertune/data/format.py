@@ -19,7 +19,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class RowBlocks:
     shape: tuple[int, ...]
     dtype: np.dtype
     blocks: Iterable[np.ndarray]
+    dropped: list[int] = field(default_factory=list)
+    """Rows of `shape` that the blocks leave out: filled, in ascending order, while they are made."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def write_dataset(
 
     inputs: array, CPU tensor or RowBlocks; numbers [N, D] (stored as float32) or uint8 images
         [N, H, W, C]. labels: integer [N, L], -1 unknown. split: int [N], see SPLITS; by default
-        from the ids (`split_of_ids`). kmer: how sequences became the inputs, where they did.
+        from the ids (`split_of_ids`). All are given for the rows that RowBlocks drop, too.
+        kmer: how sequences became the inputs, where they did.
     Raises InputError for everything that the reader would refuse, and for a file that exists
     unless `overwrite`.
     """
@@ -111,11 +114,12 @@ def write_dataset(
             file.attrs.update(format=FORMAT, version=VERSION)
             if kmer is not None:
                 file.attrs["kmer"] = kmer.model_dump_json()
-            file["labels"] = labels.astype(np.int64)
-            file["split"] = split.astype(np.int8)
-            file.create_dataset("ids", data=names, dtype=_STRING)
             _write_taxonomy(file.create_group("taxonomy"), taxonomy)
             _write_inputs(file, rows, dtype, path)
+            kept = np.delete(np.arange(rows.shape[0]), rows.dropped)
+            file["labels"] = labels[kept].astype(np.int64)
+            file["split"] = split[kept].astype(np.int8)
+            file.create_dataset("ids", data=names[kept], dtype=_STRING)
         _refuse_existing(path, overwrite)
         os.replace(temporary, path)
     except OSError as error:
@@ -159,15 +163,22 @@ def _write_inputs(file: h5py.File, rows: RowBlocks, dtype: np.dtype, path: Path)
         _check_finite(path, block, done)
         dataset[done : done + len(block)] = block
         done += len(block)
-    if done != rows.shape[0]:
+    if done + len(rows.dropped) != rows.shape[0]:
         raise ValueError(f"the blocks have {done} rows, but the inputs' shape says {rows.shape}")
+    if not done:
+        raise InputError("no row is left", file=path, key="inputs", allowed="at least one")
+    if rows.dropped:
+        dataset.resize(done, axis=0)
 
 
 # ------------------------------------------------------------------------------------- reading
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """Open for reading, without file locks (they fail on NFS). InputError if it is no whole HDF5 file."""
+def open_hdf5(path: Path, **options: int) -> h5py.File:
+    """Open for reading, without file locks (they fail on NFS). InputError if it is no whole HDF5 file.
+
+    `options` are those of h5py.File, such as the size of its chunk cache.
+    """
     if not path.exists():
         near = difflib.get_close_matches(path.name, os.listdir(path.parent)) if path.parent.is_dir() else []
         hint = f"; near that name: {', '.join(near)}" if near else ""
@@ -180,15 +191,15 @@ def open_hdf5(path: Path) -> h5py.File:
         raise InputError(
             "is not an HDF5 file",
             file=path,
-            allowed="a file of `hiertune data import-fasta` or `import-table`",
+            allowed="an HDF5 file, such as `hiertune data import-...` makes",
         )
-    with _damage_as_input_error(path):
-        return h5py.File(path, "r", locking=False)
+    with damage_as_input_error(path):
+        return h5py.File(path, "r", locking=False, **options)
 
 
 def read_contents(path: Path) -> Contents:
     """Read and check everything but the inputs' values. InputError names dataset, row, value, allowed."""
-    with open_hdf5(path) as file, _damage_as_input_error(path):
+    with open_hdf5(path) as file, damage_as_input_error(path):
         _check_format(file, path)
         inputs = _dataset(file, "inputs", path)
         dtype = _check_inputs_kind(path, inputs.shape, inputs.dtype, "f")
@@ -216,7 +227,7 @@ def _read_kmer(file: h5py.File, path: Path) -> KmerConfig | None:
 
 def read_rows(path: Path, dataset: h5py.Dataset, first: int, out: np.ndarray) -> None:
     """Fill `out` with the rows of the inputs from `first` on; InputError if one is not finite."""
-    with _damage_as_input_error(path):
+    with damage_as_input_error(path):
         dataset.read_direct(out, np.s_[first : first + len(out)])
     _check_finite(path, out, first)
 
@@ -235,7 +246,7 @@ def _check_finite(path: Path, block: np.ndarray, first_row: int) -> None:
 
 
 @contextmanager
-def _damage_as_input_error(path: Path) -> Iterator[None]:
+def damage_as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -249,7 +260,7 @@ def _check_format(file: h5py.File, path: Path) -> None:
         raise InputError(
             f"is HDF5, but not a data set of hiertune: its attribute 'format' is {found}",
             file=path,
-            allowed=f"format = {FORMAT!r}; `hiertune data import-fasta` and `import-table` make them",
+            allowed=f"format = {FORMAT!r}; `hiertune data import-...` makes them",
         )
     if file.attrs.get("version") != VERSION:
         found = file.attrs.get("version", "missing")

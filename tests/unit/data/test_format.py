@@ -110,6 +110,29 @@ def test_inputs_may_be_a_tensor_or_made_in_blocks(tmp_path, inputs, taxonomy, id
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "b.h5"]
 
 
+def test_rows_may_be_dropped_while_they_are_made(tmp_path, inputs, taxonomy, ids):
+    labels, dropped = taxonomy.encode(LINEAGES), []
+
+    def blocks():
+        yield inputs[:3]
+        dropped.extend([3, 4])
+        yield inputs[5:7]
+        dropped.append(7)
+
+    rows = RowBlocks((8, 3), np.dtype(np.float32), blocks(), dropped)
+    path = write_dataset(tmp_path / "a.h5", rows, labels, taxonomy, ids, SPLIT)
+    data, kept = open_file(path), [0, 1, 2, 5, 6]
+    assert np.array_equal(data.inputs.rows(np.arange(5)).numpy(), inputs[kept])
+    assert np.array_equal(data.labels, labels[kept])
+    assert data.ids.tolist() == [ids[row] for row in kept]
+    assert data.split.tolist() == SPLIT[kept].tolist()
+    assert data.taxonomy == taxonomy
+    nothing = RowBlocks((8, 3), np.dtype(np.float32), iter(()), list(range(8)))
+    with pytest.raises(InputError, match="no row is left"):
+        write_dataset(tmp_path / "b.h5", nothing, labels, taxonomy, ids)
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
 def test_rows_are_stored_in_chunks_of_whole_rows(tmp_path):
     taxonomy = Taxonomy.from_parents(["a"], [[-1]])
     n = 300

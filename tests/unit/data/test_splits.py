@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from hiertune.data import SPLITS, split_of_ids
+from hiertune.data.splits import hold_out
 
 
 def naive_split(name: str) -> int:
@@ -23,6 +24,17 @@ def test_split_is_that_of_the_hash():
 def test_known_ids():
     # sha256: "a" ca978112.. = 0.791, "b" 3e23e816.. = 0.243, "2" d4735e3a.. = 0.830, "7" 7902699b.. = 0.473
     assert [SPLITS[s] for s in split_of_ids(["a", "b", "2", "7"])] == ["test", "train", "test", "train"]
+
+
+def test_hold_out_takes_training_rows_by_their_hash():
+    ids = ["a", "b", "2", "7", "b", "b"]  # shares 0.791, 0.243, 0.830, 0.473
+    split = np.array([0, 0, 0, 0, 1, 2], np.int8)
+    found = hold_out(ids, split, val=0.3, test=0.25)
+    assert found.dtype == np.int8
+    assert [SPLITS[s] for s in found] == ["train", "test", "train", "val", "val", "test"]
+    assert hold_out(ids, split, val=0.25).tolist() == [0, 1, 0, 0, 1, 2]
+    assert hold_out(ids, split).tolist() == split.tolist()
+    assert split.tolist() == [0, 0, 0, 0, 1, 2]
 
 
 def test_no_ids():

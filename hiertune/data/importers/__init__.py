@@ -1,0 +1,1 @@
+"""Other people's files to hiertune's, one file for each kind of source."""
