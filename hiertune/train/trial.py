@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hiertune.config import TrainConfig, TrialConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
-from hiertune.gradnorm import build_weighting
 from hiertune.losses import build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models import HierarchicalClassifier, build_model
@@ -33,6 +32,7 @@ from hiertune.train.optim import build_optimizer, learning_rate_factor
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
 from hiertune.train.workers import Workers
+from hiertune.weighting import build_weighting
 
 FINITE_CHECK_STEPS = 50
 """How often within an epoch all workers look whether the loss is still finite."""
@@ -69,9 +69,11 @@ class Trial:
         self._losses = build_losses(config.loss, taxonomy).to(device)
         weights = class_weights(config.loss.class_weights, data.labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
-        self._weighting = build_weighting(config.weighting, taxonomy.levels, device)
 
         self.model = _build_model(config, data, fit_on).to(device)
+        self._weighting = build_weighting(
+            config.weighting, taxonomy, data.labels[rows], self.model.backbone, device
+        )
         _check_batch_norm(self.model, self.plan)
         self._network = _distribute(self.model, self.workers)
         self._parameters = list(self.model.parameters())
@@ -100,18 +102,20 @@ class Trial:
     def _train_step(self, step: Step, batches: Iterator[Batch], counts: Tensor, losses: Tensor) -> None:
         """One optimiser step. `counts` [L]: known labels of the whole step; adds its loss to `losses` [L].
 
-        A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
+        A new weight counts from the next step on, so that all passes of a step weigh alike.
         """
+        wants_update = self._weighting.wants_update(self.steps)
         weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
         for number, (inputs, labels) in enumerate(batches, start=1):
             last = number == len(step.passes)
             with self._gradient_sync(last):
                 of_levels = self._forward(inputs, labels, counts)
-                if last and self._weighting.wants_update(self.steps):
-                    self._update_weights(of_levels, labels, step)
+                if wants_update and (last or self._weighting.whole_step):
+                    self._update_weights(of_levels, labels, step, counts, last)
                 stacked = torch.stack(of_levels)
                 self._scaler.scale(stacked @ weights).backward()
             losses += stacked.detach()
+        self._weighting.after_step(losses, counts)
         self._update_parameters()
         self.model.release()
 
@@ -120,19 +124,24 @@ class Trial:
             logits = self._network(inputs)
         return level_losses(self._losses, logits, labels, counts, self._class_weights)
 
-    def _update_weights(self, losses: Sequence[Tensor], labels: Tensor, step: Step) -> None:
-        """Let the weighting measure the last pass of a step, whose losses are made means over that pass."""
-        of_step, of_pass = self._known_counts([step, Step(step.passes[-1:])])
+    def _update_weights(
+        self, losses: Sequence[Tensor], labels: Tensor, step: Step, counts: Tensor, last: bool
+    ) -> None:
+        """Let the weighting measure a pass as part of the whole step, or the last one as a batch of its own.
+
+        `losses` are means over the step's known labels, `counts` [L].
+        """
+        if len(step.passes) > 1 and not self._weighting.whole_step:
+            (of_pass,) = self._known_counts([Step(step.passes[-1:])])
+            shares = counts / of_pass.clamp(min=1)
+            losses = [loss * share for loss, share in zip(losses, shares, strict=True)]
+            counts = of_pass
 
         def base_losses() -> list[Tensor]:
             assert self.model.base_logits is not None
-            return level_losses(self._losses, self.model.base_logits, labels, of_pass, self._class_weights)
+            return level_losses(self._losses, self.model.base_logits, labels, counts, self._class_weights)
 
-        if len(step.passes) > 1:
-            losses = [
-                loss * share for loss, share in zip(losses, of_step / of_pass.clamp(min=1), strict=True)
-            ]
-        self._weighting.update(self.model, losses, of_pass, base_losses)
+        self._weighting.update(self.model, losses, counts, base_losses, last)
 
     def _update_parameters(self) -> None:
         total = self.config.train.epochs * self.plan.steps_per_epoch
@@ -170,14 +179,17 @@ class Trial:
     def _training_metrics(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
         known = counts.double().sum(0)
         sums = self.workers.sum((losses.double() * counts).sum(0))
-        of_levels = torch.where(known > 0, sums / known, 0.0).tolist()
+        means = torch.where(known > 0, sums / known, 0.0)
+        of_levels = means.tolist()
         names = [f"train/loss/{level}" for level in self.data.levels]
-        return {
+        metrics = {
             "train/loss": sum(of_levels),
             **dict(zip(names, of_levels, strict=True)),
             "lr": self._optimizer.param_groups[0]["lr"],
             **self._weighting.report(),
         }
+        self._weighting.after_epoch(means)  # for the weights of the next one
+        return metrics
 
     # ----------------------------------------------------------------------------- evaluation
 
