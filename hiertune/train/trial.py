@@ -31,6 +31,7 @@ from hiertune.train.feed import Batch, Feed
 from hiertune.train.optim import build_optimizer, learning_rate_factor
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
+from hiertune.train.unused import may_leave_unused, note_on, unused_parameters
 from hiertune.train.workers import Workers
 from hiertune.weighting import build_weighting
 
@@ -75,7 +76,10 @@ class Trial:
             config.weighting, taxonomy, data.labels[rows], self.model.backbone, device
         )
         _check_batch_norm(self.model, self.plan)
-        self._network = _distribute(self.model, self.workers)
+        unused = self._unused_parameters()
+        self.notes = (note_on(unused),) if unused else ()
+        """What is worth a line in the log, until it was said."""
+        self._network = _distribute(self.model, self.workers, find_unused=bool(unused))
         self._parameters = list(self.model.parameters())
         self._optimizer = build_optimizer(config.optimizer, self._parameters)
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
@@ -160,6 +164,13 @@ class Trial:
         if wanted or not isinstance(self._network, DistributedDataParallel):
             return nullcontext()
         return self._network.no_sync()
+
+    def _unused_parameters(self) -> list[str]:
+        """Parameters that keep DDP waiting; a forward pass on two rows finds them."""
+        if self.workers.size == 1 or not may_leave_unused(self.model):
+            return []
+        ((inputs, _),) = self._feed.batches([self.plan.rows[:2]])
+        return unused_parameters(self.model, inputs)
 
     def _known_counts(self, steps: Sequence[Step]) -> Tensor:
         """Known labels of each step over all workers, float32 [S, L]; every worker has all labels."""
@@ -278,11 +289,11 @@ def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
         )
 
 
-def _distribute(model: HierarchicalClassifier, workers: Workers) -> nn.Module:
+def _distribute(model: HierarchicalClassifier, workers: Workers, find_unused: bool) -> nn.Module:
     if workers.size == 1:
         return model
     synchronize_batch_norms(model)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
     network.broadcast_buffers = False  # they are constant, or synchronised by batch norm itself
     return network
 
