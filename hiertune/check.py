@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
     _check_batch_size(corners, len(dataset.rows("train")), problems)
     _check_shared_layer(corners, problems)
     _check_mix(corners, dataset, problems)
+    _check_gradnorm_interval(corners, problems)
     _check_device(corners, gpu, problems)
     problems.raise_any()
 
@@ -204,14 +206,33 @@ def _has_batch_norm(config: TrialConfig) -> bool:
 
 def _check_shared_layer(corners: list[Resolved], problems: Problems) -> None:
     bare = _first(corners, lambda config: isinstance(config.model.backbone, IdentityConfig))
-    weighed = _first(corners, _measures_last_layer)
-    if bare and weighed:
-        problem = "'last_layer' needs a shared layer, and the identity backbone has none"
-        _add(problems, weighed, ("weighting", "at"), problem, "features; or another backbone")
+    for place in ("last_layer", "backbone"):
+        weighed = _first(corners, functools.partial(_measures, place))
+        if bare and weighed:
+            problem = f"'{place}' needs a shared layer, and the identity backbone has none"
+            _add(problems, weighed, ("weighting", "at"), problem, "features; or another backbone")
 
 
-def _measures_last_layer(config: TrialConfig) -> bool:
-    return isinstance(config.weighting, GradNormConfig) and config.weighting.at == "last_layer"
+def _measures(place: str, config: TrialConfig) -> bool:
+    return isinstance(config.weighting, GradNormConfig) and config.weighting.at == place
+
+
+def _check_gradnorm_interval(corners: list[Resolved], problems: Problems) -> None:
+    balanced = [corner for corner in corners if isinstance(corner.config.weighting, GradNormConfig)]
+    most = max(corner.config.train.accumulation for corner in corners)
+    least = min(balanced, key=_interval, default=None)
+    if least and (interval := _interval(least)) < most:
+        problem = (
+            f"{interval} is below train.accumulation ({most}): Linnaeus counts it in forward passes, "
+            "of which no optimiser step may hold two updates"
+        )
+        allowed = f"a whole number of at least {most}; or a smaller train.accumulation"
+        _add(problems, least, ("weighting", "interval"), problem, allowed)
+
+
+def _interval(corner: Resolved) -> int:
+    assert isinstance(corner.config.weighting, GradNormConfig)
+    return corner.config.weighting.interval
 
 
 def _check_mix(corners: list[Resolved], dataset: HierarchicalDataset, problems: Problems) -> None:

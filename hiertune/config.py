@@ -275,7 +275,7 @@ class ExcludeConfig(Config):
     patterns: list[str] = []
     """Regular expressions, searched in the name."""
     types: list[str] = []
-    """Classes of the module that owns the parameter, such as `LayerNorm`."""
+    """Classes of the module that owns the parameter, or classes it derives from, such as `LayerNorm`."""
 
     @field_validator("patterns")
     @classmethod
@@ -295,9 +295,9 @@ class GradNormConfig(Config):
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Share of the way to the balanced weights that one update goes, in log space."""
     interval: PositiveInt = 10
-    """Optimiser steps between updates."""
+    """Optimiser steps between updates; no fewer than `train.accumulation`, as Linnaeus has it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps before the first update."""
+    """Optimiser steps before the first update, from which `interval` then counts."""
     accumulate: bool = False
     """Measure over all forward passes of a step (see `train.accumulation`), not over the last one."""
     initial_weights: Literal["equal", "inverse_density", "class_complexity"] = "equal"
@@ -311,10 +311,17 @@ class GradNormConfig(Config):
     linear_heads: bool = True
     """Measure the plain linear logits, before any refinement by the head."""
 
+    @model_validator(mode="after")
+    def _exclude_needs_parameters(self):
+        if self.at == "features" and self.exclude != ExcludeConfig():
+            raise ValueError("exclude leaves parameters out, and at: features measures none")
+        return self
+
 
 class UncertaintyConfig(Config):
     kind: Literal["uncertainty"] = "uncertainty"
-    """Learned from each level's loss: exp(-s) * loss + s / 2 (Kendall et al., CVPR 2018)."""
+    """Learned from each level's loss: exp(-s) * loss + s / 2 (Kendall et al., CVPR 2018). The weights
+    exp(-s) start at 1 and, alone among all kinds, are not scaled to sum to the number of levels."""
     lr: Positive = 0.01
     """Learning rate of every `s` (Adam)."""
 

@@ -44,6 +44,8 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
 
         def report(result: EpochResult) -> Decision:
             bar.update(task, completed=result.epoch)
+            for note in result.notes:
+                console.print(note, highlight=False)
             finest = f"val/accuracy/{data.levels[-1]}"
             shown = {name: result.metrics.get(name) for name in ("train/loss", "val/loss", finest)}
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)

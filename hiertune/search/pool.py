@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
-from hiertune.search.messages import Event, Failed, Finished, Job, WorkerSetup
+from hiertune.search.messages import Event, Failed, Finished, Job, Reported, WorkerSetup
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class WorkerPool:
         event: Event | None = None
         while not isinstance(event, Finished | Failed):
             event = ray.get(self.broker.advance.remote(job.id))
+            for note in event.result.notes if isinstance(event, Reported) else ():
+                logger.info("%s: %s", job.id, note)
         return event
 
     def close(self, timeout_s: float) -> None:

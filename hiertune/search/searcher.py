@@ -6,6 +6,7 @@ which misleads the sampler, and leaves failed ones RUNNING for ever.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from hiertune.config import TrialConfig
 from hiertune.search.ledger import EndState, Ledger
 from hiertune.search.listeners import Listener
 from hiertune.search.messages import Job
+
+logger = logging.getLogger(__name__)
 
 
 class LedgerSearcher(Searcher):
@@ -89,6 +92,8 @@ class LedgerSearcher(Searcher):
     def _report(self, trial: Trial, result: dict) -> None:
         epoch = result["training_iteration"]
         if self._ledger.report(trial, epoch, result[self.metric]):
+            for note in result.get("notes", ()):
+                logger.info("trial %d: %s", trial.number, note)
             self._listener.trial_reported(trial.number, epoch, _metrics(result))
 
     def __getstate__(self) -> dict:
@@ -115,7 +120,7 @@ def _verdict(result: dict, error: bool) -> tuple[EndState, str | None]:
 
 def _metrics(result: dict) -> dict[str, float]:
     """The metrics among the keys that Tune adds: ours are named `<split>/...`, or are known."""
-    own = ("train/", "val/", "test/", "weight/", "grad_norm/")
+    own = ("train/", "val/", "test/", "weight/", "grad_norm/", "target/", "rate/")
     return {
         key: float(value)
         for key, value in result.items()

@@ -34,6 +34,7 @@ class TrialActor(tune.Trainable):
                     "state": "completed" if result.last else "running",
                     "epoch_seconds": result.seconds,
                     "steps": result.steps,
+                    "notes": result.notes,
                     "done": result.last,
                 }
             case Failed(reason):

@@ -73,6 +73,7 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
     metrics = trial.train_epoch()
     if validate_on:
         metrics |= trial.evaluate("val", trial.data.rows(*validate_on))
+    notes, trial.notes = trial.notes, ()
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trial.device)
     return EpochResult(
         trial.epoch,
@@ -80,4 +81,5 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
         trial.workers.sum(seconds).item() / trial.workers.size,
         trial.steps,
         last=trial.epoch == trial.config.train.epochs,
+        notes=notes,
     )

@@ -20,6 +20,8 @@ class EpochResult:
     """Optimiser steps since the trial began."""
     last: bool
     """No further epoch will follow unless the caller asks for another trial."""
+    notes: tuple[str, ...] = ()
+    """Things worth a line in the log, said with the first epoch of a run only."""
 
 
 class Decision(Enum):

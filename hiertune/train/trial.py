@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hiertune.config import NoMixConfig, TrainConfig, TrialConfig, UnknownOutcomeConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
-from hiertune.gradnorm import build_weighting
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models import HierarchicalClassifier, build_model
@@ -36,7 +35,9 @@ from hiertune.train.optim import build_optimizer, learning_rate_factor
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
 from hiertune.train.unknown import UnknownLabels, outcome_levels, with_unknown
+from hiertune.train.unused import may_leave_unused, note_on, unused_parameters
 from hiertune.train.workers import Workers
+from hiertune.weighting import build_weighting
 
 FINITE_CHECK_STEPS = 50
 """How often within an epoch all workers look whether the loss is still finite."""
@@ -81,11 +82,16 @@ class Trial:
         self._losses = build_losses(config.loss, taxonomy).to(device)
         weights = class_weights(config.loss.class_weights, self._labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
-        self._weighting = build_weighting(config.weighting, taxonomy.levels, device)
 
         self.model = _build_model(config, data, taxonomy, fit_on).to(device)
+        self._weighting = build_weighting(
+            config.weighting, taxonomy, self._labels[rows], self.model.backbone, device
+        )
         _check_batch_norm(self.model, self.plan)
-        self._network = _distribute(self.model, self.workers)
+        unused = self._unused_parameters()
+        self.notes = (note_on(unused),) if unused else ()
+        """What is worth a line in the log, until it was said."""
+        self._network = _distribute(self.model, self.workers, find_unused=bool(unused))
         self._parameters = list(self.model.parameters())
         self._optimizer = build_optimizer(config.optimizer, self._parameters)
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
@@ -127,19 +133,21 @@ class Trial:
     ) -> None:
         """One optimiser step. `counts` [L]: known labels of the whole step; adds its loss to `losses` [L].
 
-        A new GradNorm weight counts from the next step on, so that all passes of a step weigh alike.
+        A new weight counts from the next step on, so that all passes of a step weigh alike.
         """
         self.model.head.progress = self.plan.progress(self.steps)
+        wants_update = self._weighting.wants_update(self.steps)
         weights = self._weighting.weights * self.workers.size  # DDP averages, but the losses are sums
         for number, (inputs, targets) in enumerate(batches, start=1):
             last = number == len(step.passes)
             with self._gradient_sync(last):
                 of_levels = self._forward(inputs, targets, counts)
-                if last and self._weighting.wants_update(self.steps):
-                    self._update_weights(of_levels, targets, step)
+                if wants_update and (last or self._weighting.whole_step):
+                    self._update_weights(of_levels, targets, step, counts, last)
                 stacked = torch.stack(of_levels)
                 self._scaler.scale(stacked @ weights).backward()
             losses += stacked.detach()
+        self._weighting.after_step(losses, counts)
         self._update_parameters()
         self.model.release()
 
@@ -151,19 +159,24 @@ class Trial:
     def _level_losses(self, logits: dict[str, Tensor], targets: Targets, counts: Tensor) -> list[Tensor]:
         return level_losses(self._losses, logits, targets.labels, counts, self._class_weights, targets.mixed)
 
-    def _update_weights(self, losses: Sequence[Tensor], targets: Targets, step: Step) -> None:
-        """Let the weighting measure the last pass of a step, whose losses are made means over that pass."""
-        of_step, of_pass = self._known_counts([step, Step(step.passes[-1:])])
+    def _update_weights(
+        self, losses: Sequence[Tensor], targets: Targets, step: Step, counts: Tensor, last: bool
+    ) -> None:
+        """Let the weighting measure a pass as part of the whole step, or the last one as a batch of its own.
+
+        `losses` are means over the step's known labels, `counts` [L].
+        """
+        if len(step.passes) > 1 and not self._weighting.whole_step:
+            (of_pass,) = self._known_counts([Step(step.passes[-1:])])
+            shares = counts / torch.where(of_pass > 0, of_pass, 1.0)
+            losses = [loss * share for loss, share in zip(losses, shares, strict=True)]
+            counts = of_pass
 
         def base_losses() -> list[Tensor]:
             assert self.model.base_logits is not None
-            return self._level_losses(self.model.base_logits, targets, of_pass)
+            return self._level_losses(self.model.base_logits, targets, counts)
 
-        if len(step.passes) > 1:
-            losses = [
-                loss * share for loss, share in zip(losses, of_step / of_pass.clamp(min=1), strict=True)
-            ]
-        self._weighting.update(self.model, losses, of_pass, base_losses)
+        self._weighting.update(self.model, losses, counts, base_losses, last)
 
     def _update_parameters(self) -> None:
         factor = learning_rate_factor(self.config.schedule, self.steps, self.plan.total_steps)
@@ -182,6 +195,13 @@ class Trial:
             return nullcontext()
         return self._network.no_sync()
 
+    def _unused_parameters(self) -> list[str]:
+        """Parameters that keep DDP waiting; a forward pass on two rows finds them."""
+        if self.workers.size == 1 or not may_leave_unused(self.model):
+            return []
+        ((inputs, _),) = self._feed.batches([self.plan.rows[:2]])
+        return unused_parameters(self.model, inputs)
+
     def _known_counts(self, steps: Sequence[Step]) -> Tensor:
         """Labels that count in each step over all workers, float32 [S, L]; every worker has all labels."""
         counts = np.stack([step.known(self._labels) for step in steps])
@@ -198,14 +218,17 @@ class Trial:
     def _training_metrics(self, losses: Tensor, counts: Tensor) -> dict[str, float]:
         known = counts.double().sum(0)
         sums = self.workers.sum((losses.double() * counts).sum(0))
-        of_levels = torch.where(known > 0, sums / known, 0.0).tolist()
+        means = torch.where(known > 0, sums / known, 0.0)
+        of_levels = means.tolist()
         names = [f"train/loss/{level}" for level in self.data.levels]
-        return {
+        metrics = {
             "train/loss": sum(of_levels),
             **dict(zip(names, of_levels, strict=True)),
             "lr": self._optimizer.param_groups[0]["lr"],
             **self._weighting.report(),
         }
+        self._weighting.after_epoch(means)  # for the weights of the next one
+        return metrics
 
     # ----------------------------------------------------------------------------- evaluation
 
@@ -308,11 +331,11 @@ def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
         )
 
 
-def _distribute(model: HierarchicalClassifier, workers: Workers) -> nn.Module:
+def _distribute(model: HierarchicalClassifier, workers: Workers, find_unused: bool) -> nn.Module:
     if workers.size == 1:
         return model
     synchronize_batch_norms(model)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
     network.broadcast_buffers = False  # they are constant, or synchronised by batch norm itself
     return network
 

@@ -17,9 +17,9 @@ from hiertune.config import (
     ModelConfig,
     TaxonomySmoothingConfig,
 )
-from hiertune.gradnorm import Equal, GradNorm, Weighting
 from hiertune.losses import build_losses, level_losses
 from hiertune.models import HierarchicalClassifier, HierarchicalHead, build_model
+from hiertune.weighting import Equal, GradNorm, Weighting
 
 SIZES = (2, 30, 60, 130, 280, 1239)
 INPUTS = 2080

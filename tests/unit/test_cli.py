@@ -216,3 +216,13 @@ def test_train_alone_and_the_schema(folder, capsys):
         main(["schema"])
     schema = json.loads(capsys.readouterr().out)
     assert "search" in schema["properties"]
+
+
+def test_what_a_training_notes_is_printed_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr("hiertune.train.trial.Trial._unused_parameters", lambda trial: ["spare"])
+    config = GOOD.replace("{loguniform: [1e-4, 1e-2]}", "0.01").replace("search: {trials: 2}\n", "")
+    (folder / "config.yaml").write_text(config)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "config.yaml", "--out", "trained"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("find_unused_parameters is on") == 1

@@ -212,3 +212,21 @@ def test_a_result_that_comes_twice_is_reported_once(search):
     searcher.on_trial_result("t", result(1, 0.5, state="running"))
     searcher.on_trial_complete("t", result(1, 0.5, state="running"))
     assert [event[0] for event in recorder.events] == ["started", "reported", "ended"]
+
+
+def test_what_a_trial_notes_is_logged_once(search, caplog):
+    searcher, *_ = search
+    searcher.suggest("t")
+    with caplog.at_level("INFO", "hiertune"):
+        searcher.on_trial_result("t", result(1, 0.5, state="running", notes=("one", "two")))
+        searcher.on_trial_result("t", result(2, 0.5, state="running", notes=()))
+        searcher.on_trial_complete("t", result(2, 0.5, state="completed", notes=("once",)))
+    assert [record.getMessage() for record in caplog.records] == ["trial 0: one", "trial 0: two"]
+
+
+def test_all_that_a_weighting_reports_is_passed_on(search):
+    searcher, _, recorder, _ = search
+    searcher.suggest("t")
+    measured = {f"{name}/a": 0.5 for name in ("weight", "grad_norm", "target", "rate")}
+    searcher.on_trial_result("t", result(1, 0.5, state="running", **measured))
+    assert recorder.events[-1] == ("reported", 0, 1, {"val/accuracy": 0.5, "lr": 0.1, **measured})

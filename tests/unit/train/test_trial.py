@@ -15,11 +15,14 @@ from hiertune.config import (
     ConditionalHeadConfig,
     CosineConfig,
     CrossEntropyConfig,
+    DWAConfig,
+    ExcludeConfig,
     FixedConfig,
     GradNormConfig,
     HierarchicalSoftmaxConfig,
     SGDConfig,
     TaxonomySmoothingConfig,
+    UncertaintyConfig,
 )
 from hiertune.data import HierarchicalDataset, MemoryInputs
 from hiertune.errors import InputError
@@ -31,6 +34,7 @@ from hiertune.train.result import TrialFailed
 from hiertune.train.settings import trial_settings
 from hiertune.train.standardize import standardization
 from hiertune.train.trial import Trial
+from hiertune.weighting.gradnorm import initial_weights
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +148,32 @@ def test_evaluation_in_small_batches_changes_nothing(config, data, alone, monkey
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"loss": TaxonomySmoothingConfig(), "head": HierarchicalSoftmaxConfig()}],
-    ids=["cross entropy", "smoothing"],
+    [
+        {},
+        {"loss": TaxonomySmoothingConfig(), "head": HierarchicalSoftmaxConfig()},
+        {"weighting": GradNormConfig(interval=1, accumulate=True), "head": HierarchicalSoftmaxConfig()},
+        {"weighting": GradNormConfig(interval=2, accumulate=True, at="last_layer")},
+        {"weighting": GradNormConfig(interval=1, accumulate=True, at="backbone")},
+        {"weighting": UncertaintyConfig(lr=0.1)},
+        {"weighting": DWAConfig(temperature=0.2), "epochs": 4},
+    ],
+    ids=[
+        "cross entropy",
+        "smoothing",
+        "gradnorm",
+        "gradnorm at the last layer",
+        "gradnorm at the backbone",
+        "uncertainty",
+        "dwa",
+    ],
 )
 def test_accumulated_passes_equal_one_large_batch(config, data, alone, changes):
-    few = alone(config(batch_size=4, accumulation=3, epochs=2, **changes), data)
-    one = alone(config(batch_size=12, epochs=2, **changes), data)
+    changes = {"epochs": 2} | changes
+    few = alone(config(batch_size=4, accumulation=3, **changes), data)
+    one = alone(config(batch_size=12, **changes), data)
     assert few["outcome"].metrics == pytest.approx(one["outcome"].metrics, rel=1e-4)
     same_parameters(few["parameters"], one["parameters"], rtol=1e-4, atol=1e-5)
-    assert few["reports"][-1].steps == one["reports"][-1].steps == 8
+    assert few["reports"][-1].steps == one["reports"][-1].steps == 4 * changes["epochs"]
 
 
 def test_gradnorm_measures_the_last_pass_of_a_step(config, data, alone):
@@ -178,6 +199,73 @@ def test_gradnorm_weights_count_from_the_next_step(config, data, alone):
     weights = np.array([metrics[f"weight/{level}"] for level in data.levels])
     norms = np.array([metrics[f"grad_norm/{level}"] for level in data.levels])
     np.testing.assert_allclose(weights, 3 / norms / (1 / norms).sum(), rtol=1e-5)
+
+
+def epochs_of(record, data, name):
+    """`name/<level>` of each epoch, `[E, L]`."""
+    return [[r.metrics[f"{name}/{level}"] for level in data.levels] for r in record["reports"]]
+
+
+def test_gradnorm_starts_after_its_warm_up_from_its_initial_weights(config, data, alone):
+    """Three steps an epoch: the first update is in the first step of the third epoch."""
+    weighting = GradNormConfig(interval=2, warmup_steps=6, initial_weights="inverse_density")
+    record = alone(config(epochs=3, batch_size=15, weighting=weighting), data)
+    weights = epochs_of(record, data, "weight")
+    labels = data.labels[data.rows("train")]
+    expected = initial_weights("inverse_density", labels, data.taxonomy.num_classes).tolist()
+    assert weights[0] == weights[1] == expected
+    assert len(set(expected)) > 1
+    assert weights[2] != expected
+    named = [{name for name in r.metrics if name.startswith("grad_norm/")} for r in record["reports"]]
+    assert [len(names) for names in named] == [0, 0, 3]
+
+
+def test_all_that_gradnorm_measures_is_reported_by_epoch(config, data, alone):
+    record = alone(config(weighting=GradNormConfig(interval=1)), data)
+    for name in ("weight", "grad_norm", "target", "rate"):
+        assert len(epochs_of(record, data, name)) == 3
+
+
+def test_uncertainty_learns_from_the_losses_of_every_step(config, data, alone):
+    """One step an epoch, whose losses are reported: Kendall's s by autograd gives the same weights."""
+    settings = config(epochs=6, batch_size=1000, weighting=UncertaintyConfig(lr=0.3))
+    record = alone(settings, data)
+    s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([s], lr=0.3)
+    losses = torch.tensor(epochs_of(record, data, "train/loss"), dtype=torch.float64)
+    for of_step, weights in zip(losses, epochs_of(record, data, "weight"), strict=True):
+        adam.zero_grad()
+        ((-s).exp() * of_step + s / 2).sum().backward()
+        adam.step()
+        assert weights == pytest.approx((-s).exp().tolist(), rel=1e-6)
+
+
+def test_dwa_follows_the_losses_of_the_epochs(config, data, alone):
+    record = alone(config(epochs=5, weighting=DWAConfig(temperature=0.5)), data)
+    losses = torch.tensor(epochs_of(record, data, "train/loss"), dtype=torch.float64)
+    weights = torch.tensor(epochs_of(record, data, "weight"), dtype=torch.float64)
+    assert torch.equal(weights[:2], torch.ones(2, 3, dtype=torch.float64))
+    expected = 3 * (losses[1:-1] / losses[:-2] / 0.5).softmax(1)
+    torch.testing.assert_close(weights[2:], expected, rtol=1e-6, atol=0)
+
+
+def test_dwa_weights_are_those_that_were_trained_with(config, data, alone):
+    """One step an epoch: the third descends the weighted losses."""
+    changes = {
+        "batch_size": 1000,
+        "weighting": DWAConfig(temperature=0.1),
+        "optimizer": SGDConfig(lr=0.05, momentum=0.0),
+    }
+    settings = config(epochs=3, **changes)
+    before = alone(config(epochs=2, **changes), data)
+    record = alone(settings, data)
+    model = fresh_model(settings, data)
+    model.load_state_dict(before["parameters"])
+    weights = torch.tensor(epochs_of(record, data, "weight")[2])
+    assert weights.max() - weights.min() > 0.01
+    (torch.stack(mean_losses(model, data, data.rows("train"))) @ weights).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(record["parameters"][name], parameter - 0.05 * parameter.grad)
 
 
 def test_clipping_bounds_the_whole_gradient(config, data, alone):
@@ -296,6 +384,24 @@ def test_resumed_is_bit_identical_to_uninterrupted(rich, data, alone, tmp_path, 
     epochs, outcome, parameters = comparable(resumed)
     assert epochs == whole[0][kill_at - 1 :]  # killed in its report: that epoch is repeated
     assert (outcome, parameters) == whole[1:]
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        UncertaintyConfig(lr=0.1),
+        DWAConfig(temperature=0.5),
+        GradNormConfig(interval=3, warmup_steps=5, at="backbone", accumulate=True),
+    ],
+    ids=lambda weighting: weighting.kind,
+)
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_resumed_weights_are_bit_identical(rich, data, alone, tmp_path, weighting, stop_at):
+    settings = rich.model_copy(update={"weighting": weighting})
+    whole = comparable(alone(settings, data))
+    alone(settings, data, checkpoint=tmp_path / "checkpoint", stop_at=stop_at)
+    resumed = comparable(alone(settings, data, checkpoint=tmp_path / "checkpoint"))
+    assert resumed == (whole[0][stop_at:], *whole[1:])
 
 
 def test_a_stopped_trial_can_be_taken_up_again(rich, data, alone, tmp_path):
@@ -427,7 +533,13 @@ def test_a_level_without_labels_is_trained_around(config, data, alone):
     labels = data.labels.copy()
     labels[:, 1:] = -1
     blind = HierarchicalDataset(data.inputs, labels, data.ids, data.split, data.taxonomy)
-    for weighting in (FixedConfig(weights={"domain": 1.0}), GradNormConfig(interval=1)):
+    for weighting in (
+        FixedConfig(weights={"domain": 1.0}),
+        GradNormConfig(interval=1, initial_weights="inverse_density"),
+        GradNormConfig(interval=1, at="backbone"),
+        UncertaintyConfig(),
+        DWAConfig(),
+    ):
         record = alone(config(weighting=weighting, loss=TaxonomySmoothingConfig()), blind)
         metrics = record["outcome"].metrics
         assert metrics["train/loss/genus"] == 0.0
@@ -442,6 +554,11 @@ def test_a_level_without_labels_is_trained_around(config, data, alone):
         ({"precision": "fp16"}, {}, "train.precision"),
         ({"norm": "batch", "batch_size": 1}, {}, "train.batch_size"),
         ({"weighting": FixedConfig(weights={"order": 1.0})}, {}, "order"),
+        (
+            {"weighting": GradNormConfig(at="backbone", exclude=ExcludeConfig(names=["layers"]))},
+            {},
+            "weighting.exclude: nothing is left",
+        ),
     ],
 )
 def test_bad_input_is_said_at_once(config, make_data, alone, changes, options, word):

@@ -10,9 +10,14 @@ from hiertune.config import (
     ConditionalHeadConfig,
     ConstantProbability,
     CrossEntropyConfig,
+    DWAConfig,
+    EqualConfig,
+    ExcludeConfig,
+    FixedConfig,
     GradNormConfig,
     HierarchicalSoftmaxConfig,
     IdentityConfig,
+    LinearHeadConfig,
     LinearProbability,
     MixedHeadConfig,
     MixupConfig,
@@ -20,6 +25,7 @@ from hiertune.config import (
     PathSoftmaxConfig,
     SGDConfig,
     TaxonomySmoothingConfig,
+    UncertaintyConfig,
     UnknownOutcomeConfig,
 )
 from hiertune.data import HierarchicalDataset
@@ -91,6 +97,19 @@ CASES = {
     },
     "workers without rows": {"batch_size": 1, "epochs": 1, "loss": TaxonomySmoothingConfig()},
     "identity": {"model": ModelConfig(backbone=IdentityConfig()), "weighting": GradNormConfig(interval=1)},
+    "batch norm under gradnorm at the backbone": {
+        "norm": "batch",
+        "weighting": GradNormConfig(interval=1, at="backbone", exclude=ExcludeConfig(types=["BatchNorm1d"])),
+    },
+    "gradnorm over whole steps, after a warm-up": {
+        "batch_size": 3,
+        "accumulation": 3,
+        "weighting": GradNormConfig(
+            interval=2, warmup_steps=3, accumulate=True, initial_weights="class_complexity"
+        ),
+    },
+    "uncertainty": {"weighting": UncertaintyConfig(lr=0.1), "batch_size": 3, "accumulation": 3},
+    "dwa": {"weighting": DWAConfig(temperature=0.5), "epochs": 5, "accumulation": 2},
 }
 
 
@@ -108,22 +127,69 @@ def test_two_workers_agree_with_one(config, data, alone, pair, changes):
         torch.testing.assert_close(two["parameters"][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_level_that_no_row_knows_hangs_nobody(config, data, pair):
+HEADS = {
+    "linear": LinearHeadConfig(),
+    "hierarchical softmax": HierarchicalSoftmaxConfig(),
+    "conditional": ConditionalHeadConfig(temperature=0.7),
+    "conditional, hard, cooling": ConditionalHeadConfig(
+        routing="hard", temperature=2.0, final_temperature=0.5
+    ),
+    "path softmax": PathSoftmaxConfig(),
+    "mixed": MixedHeadConfig(default=LinearHeadConfig(), levels={"genus": PathSoftmaxConfig()}),
+}
+WEIGHTINGS = {
+    "equal": EqualConfig(),
+    "fixed": FixedConfig(weights={"family": 1.0, "genus": 3.0}),
+    "gradnorm": GradNormConfig(interval=2),
+    "gradnorm over whole steps": GradNormConfig(interval=1, accumulate=True, linear_heads=False),
+    "gradnorm at the last layer": GradNormConfig(interval=1, at="last_layer", linear_heads=False),
+    "gradnorm at the backbone": GradNormConfig(interval=3, at="backbone", accumulate=True),
+    "uncertainty": UncertaintyConfig(lr=0.1),
+    "dwa": DWAConfig(temperature=0.5),
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("head", HEADS)
+def test_ten_steps_give_the_same_weights(config, make_data, alone, pair, head, weighting, accumulation):
+    data = make_data(train=9 * accumulation, val=0, test=0)
+    settings = config(
+        hidden=[8, 6],
+        head=HEADS[head],
+        weighting=WEIGHTINGS[weighting],
+        epochs=5,
+        batch_size=5,
+        accumulation=accumulation,
+    )
+    one = alone(settings, data, validate_on=())
+    two = same_on_both(pair(settings, data, validate_on=()))
+    assert one["reports"][-1].steps == two["reports"][-1].steps == 10
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, rtol=1e-4, atol=1e-5)
+    weights = [[r.metrics[f"weight/{level}"] for level in data.levels] for r in one["reports"]]
+    assert (weights[0] == weights[-1]) == (weighting in ("equal", "fixed"))
+    for of_one, of_two in zip(one["reports"], two["reports"], strict=True):
+        assert of_two.metrics == pytest.approx(of_one.metrics, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_level_that_no_row_knows_hangs_nobody(config, data, pair, weighting):
     labels = data.labels.copy()
     labels[:, 2] = -1
     blind = HierarchicalDataset(data.inputs, labels, data.ids, data.split, data.taxonomy)
-    record = same_on_both(pair(config(weighting=GradNormConfig(interval=1)), blind))
+    record = same_on_both(pair(config(weighting=WEIGHTINGS[weighting]), blind))
     assert record["outcome"].metrics["train/loss/genus"] == 0.0
 
 
-def everything(config):
+def everything(config, weighting):
     return config(
         epochs=3,
         dropout=0.3,
         norm="batch",
         accumulation=2,
         head=ConditionalHeadConfig(routing="gumbel", temperature=3.0, final_temperature=0.3),
-        weighting=GradNormConfig(interval=2),
+        weighting=weighting,
         mix=MixupConfig(level="family", min_group_size=2),
         unknown=UnknownOutcomeConfig(masked=0.5, probability=ConstantProbability(value=0.5)),
         optimizer=AdamWConfig(lr=0.01),
@@ -134,8 +200,9 @@ def epochs_of(record):
     return [(r.epoch, r.metrics, r.steps) for r in record["reports"]], record["outcome"]
 
 
-def test_bit_identical_in_a_warm_pair_and_when_resumed(config, data, pair, tmp_path):
-    settings = everything(config)
+@pytest.mark.parametrize("weighting", ["gradnorm", "uncertainty", "dwa"])
+def test_bit_identical_in_a_warm_pair_and_when_resumed(config, data, pair, tmp_path, weighting):
+    settings = everything(config, WEIGHTINGS[weighting])
     first = epochs_of(same_on_both(pair(settings, data)))
     assert isinstance(pair(config(optimizer=SGDConfig(lr=1e30)), data)[0]["error"], TrialFailed)
     assert epochs_of(same_on_both(pair(settings, data))) == first

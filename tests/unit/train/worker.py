@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from hiertune.models import build_model
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision
 
@@ -16,8 +20,43 @@ class Killed(Exception):
     """Stands in for the process's end: comes out of `report`, which the loop does not guard."""
 
 
-def record(config, data, *, stop_at=None, kill_at=None, **options) -> dict:
-    """Run a trial; its reports, and its outcome or error, and the trained parameters on the first rank."""
+class Spare(nn.Module):
+    """A backbone beside which stands a layer that no input passes."""
+
+    def __init__(self, backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.spare = nn.Linear(2, 3)
+        self.out_features = backbone.out_features
+
+    @property
+    def last_shared_weight(self):
+        return self.backbone.last_shared_weight
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+@contextlib.contextmanager
+def spare_layer(noticed: bool):
+    """All models get a `Spare` backbone."""
+
+    def build(*args):
+        model = build_model(*args)
+        model.backbone = Spare(model.backbone)
+        return model
+
+    with mock.patch("hiertune.train.trial.build_model", build), contextlib.ExitStack() as stack:
+        if not noticed:
+            stack.enter_context(mock.patch("hiertune.train.trial.may_leave_unused", return_value=False))
+        yield
+
+
+def record(config, data, *, stop_at=None, kill_at=None, spare=None, **options) -> dict:
+    """Run a trial; its reports, and its outcome or error, and the trained parameters on the first rank.
+
+    `spare`: with a layer that is not used, "noticed" or "unnoticed".
+    """
     seen = {"reports": [], "outcome": None, "error": None, "parameters": None}
 
     def report(result):
@@ -29,8 +68,10 @@ def record(config, data, *, stop_at=None, kill_at=None, **options) -> dict:
     def finish(model):
         seen["parameters"] = {name: value.clone() for name, value in model.state_dict().items()}
 
+    around = spare_layer(spare == "noticed") if spare else contextlib.nullcontext()
     try:
-        seen["outcome"] = run_trial(config, data, report, finish=finish, **options)
+        with around:
+            seen["outcome"] = run_trial(config, data, report, finish=finish, **options)
     except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
         seen["error"] = error
     return seen
