@@ -121,7 +121,9 @@ def data_section(context: Context) -> dict[str, Any]:
     context.settings.carry("DATA.TASK_KEYS_H5", "the names of the levels, coarse to fine")
     if context.facts is None:
         levels = ", ".join(context.levels[task] for task in context.tasks[::-1])
-        context.checks.append(f"data.path: make this file in hiertune's format, with the levels {levels}")
+        context.checks.append(
+            f"data.path: make this file with `hiertune data import-linnaeus`, with the levels {levels}"
+        )
         return {"path": "data.h5"}
     return {"path": context.facts.path}
 

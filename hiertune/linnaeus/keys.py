@@ -60,7 +60,11 @@ _TABLE: tuple[tuple[str, str, str | None], ...] = (
     ("DATA", "TASK_KEYS_H5 BATCH_SIZE IMG_SIZE", None),
     ("DATA.PARTIAL", "LEVELS", None),
     ("DATA.SAMPLER", "TYPE", None),
-    ("DATA.SAMPLER", "GROUPED_MODE", "hiertune finds the partners of a mix within ordinary batches"),
+    (
+        "DATA.SAMPLER",
+        "GROUPED_MODE",
+        "batches have no groups: the partners of a mix are read beside the batch",
+    ),
     ("DATA", "USE_VECTORIZED_PROCESSOR PIN_MEMORY NUM_WORKERS SIMULATE_HPC IO_DELAY", _LOADER),
     ("DATA", "BATCH_SIZE_VAL", "hiertune sizes evaluation batches by itself"),
     (
