@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiertune.config import TrialConfig
+from hiertune.config import LevelSmoothingConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.linnaeus import DataFacts, import_experiment
 from hiertune.linnaeus.keys import SECTIONS_WITH_FROM, known_keys
@@ -346,6 +346,13 @@ ONE_KEY = {
         "{TRAIN: {EPOCHS: 40}, LR_SCHEDULER: {WARMUP_EPOCHS: 10}}",
         "schedule.warmup",
         0.25,
+    ),
+    "a lowest rate above the peak": ("LR_SCHEDULER: {BASE_LR: 1e-5, MIN_LR: 1e-5}", "schedule.final", 1.0),
+    "smoothing not enabled at one level": (
+        "LOSS: {TASK_SPECIFIC: {TRAIN: {FUNCS: TaxonomyAwareLabelSmoothing}},"
+        " TAXONOMY_SMOOTHING: {ENABLED: [True, True, True, False]}}",
+        "loss.levels",
+        {"taxa_L40": LevelSmoothingConfig(enabled=False)},
     ),
     "no warm-up": ("LR_SCHEDULER: {WARMUP_EPOCHS: 0}", "schedule.warmup", 0.0),
     "yes for true": ("SCHEDULE: {MIX: {EXCLUDE_NULL_SAMPLES: yes}}", "mix.exclude_unknown", True),
