@@ -608,7 +608,7 @@ def _per_task(item):
 
 
 _VALUES = {
-    "EXPERIMENT.NAME": st.text(max_size=8).filter(str.isprintable),
+    "EXPERIMENT.NAME": st.text("aZ9 é/._-", max_size=8),
     "DATA.TASK_KEYS_H5": st.just(_TASKS),
     "DATA.BATCH_SIZE": st.integers(1, 999),
     "DATA.IMG_SIZE": st.sampled_from([64, 224]),
@@ -643,6 +643,7 @@ _VALUES = {
     "LOSS.TAXONOMY_SMOOTHING.ENABLED": st.lists(_SWITCH, min_size=4, max_size=4),
     "AMP_OPT_LEVEL": st.sampled_from(["O0", "O1"]),
     "OPTIMIZER.NAME": st.sampled_from(["adamw", "sgd", "muon"]),
+    "OPTIMIZER.MOMENTUM": st.sampled_from([0, 0.8]),
     "BETAS": st.sampled_from([[0.9, 0.99], [0.9, 0.99, 0.999]]),
     "LR_SCHEDULER.NAME": st.sampled_from(["cosine", "step", "linear", "wsd"]),
     "REFERENCE_BS": st.sampled_from([256, 512]),
