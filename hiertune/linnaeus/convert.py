@@ -139,6 +139,10 @@ def _refused(settings: Settings, error: ValidationError) -> InputError:
 
 def _run_name(settings: Settings) -> str:
     """A name that a space may have, from the experiment's or the file's."""
-    written = settings.text("EXPERIMENT.NAME", "") or settings.file.stem
-    settings.carry("EXPERIMENT.NAME", "name")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", written).lstrip("._-")[:100] or "linnaeus"
+    key = "EXPERIMENT.NAME"
+    written = str(settings.entries[key].value) if settings.given(key) else ""  # it may look like a number
+    settings.carry(key, "name")
+    names = (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:100] for name in (written, settings.file.stem)
+    )
+    return next(filter(None, names), "linnaeus")

@@ -336,6 +336,7 @@ def _plain(node: Node) -> Any:
 def _decode(text: str) -> Any:
     """A text that is a Python literal stands for it, as in yacs: `None`, `(0.9, 0.999)`, `5e-5`."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        return value if isinstance(value, None | bool | int | float | str | list | tuple) else text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text

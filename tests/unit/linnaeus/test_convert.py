@@ -424,6 +424,13 @@ def test_the_result_can_be_made_a_space(tmp_path):
     assert [parameter.key for parameter in space.parameters] == ["weighting.alpha"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("'9'", "9"), ("2024", "2024"), ("...", "experiment"), ("a b", "a-b")]
+)
+def test_any_name_becomes_one_that_a_space_may_have(tmp_path, name, expected):
+    assert imported(tmp_path, f"EXPERIMENT:\n  NAME: {name}\n").name == expected
+
+
 # ------------------------------------------------------------------------------- the account
 
 
