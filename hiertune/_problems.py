@@ -75,7 +75,7 @@ class Problems:
     def add_validation(self, error: ValidationError, origins: Origins) -> None:
         """Everything that pydantic found in a resolved tree whose values come from `origins`."""
         for detail in error.errors(include_url=False):
-            key, problem, allowed = _explain(detail, origins)
+            key, problem, allowed = explain(detail, origins)
             origin = origin_of(origins, key)
             self.add(problem, line=origin.line if origin else None, key=key, allowed=allowed)
 
@@ -107,7 +107,7 @@ def _distribution_hint(value: Any) -> str:
     return nearest(name, FORMS)
 
 
-def _explain(detail: Any, origins: Origins) -> tuple[Key, str, str | None]:
+def explain(detail: Any, origins: Origins) -> tuple[Key, str, str | None]:
     """Key, problem and what is allowed, of one entry of `ValidationError.errors()`."""
     key, schema, parent = _locate(detail["loc"])
     kind, value = detail["type"], detail["input"]

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+import_app = typer.Typer(help="Take over settings from other programs.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder per search.")]
 
@@ -390,6 +392,40 @@ def import_linnaeus_command(
         console=Console(),
     )
     Console().print(describe_data(out))
+
+
+@import_app.command("linnaeus-config")
+def import_linnaeus_config(
+    file: Annotated[Path, typer.Argument(help="An experiment of Linnaeus (YAML).")],
+    out: Annotated[Path | None, typer.Option(help="Config to write; by default the terminal.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The data set to train on, in hiertune's format, or builtin:NAME.")
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the levels, coarse to fine, instead of Linnaeus' taxa_L40, taxa_L30, ..."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn an experiment of Linnaeus into a config, and say what of it could not be taken over."""
+    from hiertune.linnaeus import import_experiment, look_at
+
+    if out is not None and out.exists() and not overwrite:
+        raise InputError("exists already", file=out, allowed="another --out, or --overwrite")
+    facts = None if data is None else look_at(data)
+    imported = import_experiment(file, None if names is None else _names(names), facts)
+    if out is None:
+        print(imported.yaml(), end="")
+        print(imported.account(), end="", file=sys.stderr)
+        return
+    try:
+        out.write_text(imported.yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", file=out) from None
+    print(imported.account(), end="")
+    print(f"\nwrote {out}: hiertune train {out}")
 
 
 def _names(text: str) -> list[str]:
