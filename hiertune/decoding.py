@@ -59,7 +59,7 @@ class DecodingRule(Config):
     """Refines the base logits; by default the model's own head does, as trained."""
 
     def __str__(self) -> str:
-        crm = "conditional risk minimisation" + _at(self.temperature)
+        crm = "conditional risk" + _at(self.temperature)
         if self.head is None:
             return "as trained" if self.kind == "argmax" else crm
         return f"{self.kind if self.kind == 'argmax' else crm}, {_routing(self.head)}"
@@ -97,7 +97,7 @@ def rules_for(trained: HeadConfig) -> list[DecodingRule]:
 
 
 def _at(temperature: float) -> str:
-    return "" if temperature == 1 else f" at temperature {temperature:g}"
+    return "" if temperature == 1 else f" at T={temperature:g}"
 
 
 def _routing(head: LevelHeadConfig) -> str:
@@ -202,7 +202,7 @@ class ValidationLogits:
             tensors[f"seen/{level}"] = seen.cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(path.name + ".new")
-        safetensors.torch.save_file({**tensors, "labels": self.labels.cpu().contiguous()}, new)
+        new.write_bytes(safetensors.torch.save({**tensors, "labels": self.labels.cpu().contiguous()}))
         os.replace(new, path)
 
     @classmethod

@@ -16,7 +16,10 @@ from hiertune.report import figures
 from hiertune.report.read import PARAM, Search, read_search
 
 MOST_LEADERS = 20
-_AS_TRAINED: Mapping[str, Any] = {"rule": None, "name": "as trained"}  # of searches that chose no way of decoding
+_AS_TRAINED: Mapping[str, Any] = {
+    "rule": None,
+    "name": "as trained",
+}  # of searches that chose no way of decoding
 
 
 @dataclass(frozen=True)

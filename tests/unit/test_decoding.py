@@ -1,6 +1,8 @@
-"""Decoding rules against their definitions: the dense risk, the head's own refinement, the metrics of labels."""
+"""Decoding rules against their definitions: dense risk, the head's own refinement, metrics of labels."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def no_refinement(base):
 def forests(draw):
     sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     parents = [[-1] * sizes[0]]
-    for above, size in zip(sizes[:-1], sizes[1:], strict=True):
+    for above, size in pairwise(sizes):
         parents.append(draw(st.lists(st.integers(-1, above - 1), min_size=size, max_size=size)))
     return Taxonomy.from_parents([f"l{i}" for i in range(len(sizes))], parents)
 
@@ -177,11 +179,11 @@ def test_a_rule_reads_as_words():
     soft = ConditionalHeadConfig(temperature=0.5)
     hard = ConditionalHeadConfig(routing="hard", temperature=3.0)
     assert str(AS_TRAINED) == "as trained"
-    assert str(CRM) == "conditional risk minimisation"
+    assert str(CRM) == "conditional risk"
     assert str(DecodingRule(head=HierarchicalSoftmaxConfig())) == "argmax, hierarchical softmax head"
     assert (
         str(DecodingRule(kind="crm", temperature=2.0, head=soft))
-        == "conditional risk minimisation at temperature 2, soft routing at temperature 0.5"
+        == "conditional risk at T=2, soft routing at T=0.5"
     )
     assert str(DecodingRule(head=hard)) == "argmax, hard routing"
 

@@ -17,6 +17,7 @@ from hiertune.config import (
     TaxonomySmoothingConfig,
 )
 from hiertune.data import HierarchicalDataset
+from hiertune.decoding import ValidationLogits
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.result import TrialFailed
@@ -78,6 +79,16 @@ def test_two_workers_agree_with_one(config, data, alone, pair, changes):
     assert two["outcome"].metrics == pytest.approx(one["outcome"].metrics, rel=2e-4, abs=1e-6)
     for name, value in one["parameters"].items():
         torch.testing.assert_close(two["parameters"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_validation_logits_are_in_the_order_of_the_rows(config, data, alone, pair, tmp_path):
+    settings = config(epochs=1, head=HierarchicalSoftmaxConfig())
+    alone(settings, data, keep_logits=tmp_path / "one")
+    same_on_both(pair(settings, data, keep_logits=tmp_path / "two"))
+    one, two = (ValidationLogits.load(tmp_path / name, data.taxonomy) for name in ("one", "two"))
+    torch.testing.assert_close(two.base, one.base, rtol=1e-3, atol=1e-5)
+    assert torch.equal(two.labels, one.labels)
+    assert all(map(torch.equal, two.seen, one.seen))
 
 
 def test_a_level_that_no_row_knows_hangs_nobody(config, data, pair):
