@@ -59,10 +59,10 @@ class DecodingRule(Config):
     """Refines the base logits; by default the model's own head does, as trained."""
 
     def __str__(self) -> str:
-        crm = "conditional risk" + _at(self.temperature)
-        if self.head is None:
-            return "as trained" if self.kind == "argmax" else crm
-        return f"{self.kind if self.kind == 'argmax' else crm}, {_routing(self.head)}"
+        if self.kind == "argmax" and self.head is None:
+            return "as trained"
+        name = "argmax" if self.kind == "argmax" else f"conditional risk{_at(self.temperature)}"
+        return name if self.head is None else f"{name}, {_routing(self.head)}"
 
 
 AS_TRAINED = DecodingRule()

@@ -50,7 +50,7 @@ def choose_rule(plan: SearchPlan, best: TrialRecord, config: TrialConfig) -> Cho
         )
     path = plan.folder.logits(best.number)
     if not path.exists():
-        return Choice(None, f"trial {best.number} ended before validation logits were kept")
+        return Choice(None, f"there are no validation logits of trial {best.number}")
     tried = try_rules(ValidationLogits.load(path, plan.data.taxonomy), plan.data.taxonomy, config.model.head)
     try:
         chosen = best_of(tried, plan.metric, plan.mode)

@@ -98,7 +98,7 @@ def test_logits_that_are_too_large_are_not_kept(plan, monkeypatch):
 
 
 def test_no_rule_where_there_are_no_logits_or_no_wish(plan):
-    assert reason(plan) == "trial 3 ended before validation logits were kept"
+    assert reason(plan) == "there are no validation logits of trial 3"
     plan.config.search.decode = False
     assert not keeps_logits(plan)
     assert reason(plan) == "search.decode is off"
