@@ -109,6 +109,20 @@ def predict(
 
 
 @app.command()
+def decode(
+    run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")],
+    metric: Annotated[
+        str | None, typer.Option(help="Choose by this val/ metric, instead of the search's objective.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Let the model name by the best rule.")] = False,
+) -> None:
+    """Compare ways to turn the winner's logits into names, without training."""
+    from hiertune.posthoc import decode_winner
+
+    decode_winner(run, metric, save=save, console=Console())
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],

@@ -621,6 +621,8 @@ class SearchSection(Config):
     """Train the winner once more on train + validation before the test split is read."""
     controls: bool = True
     """Measure the winner beside the space's defaults with flat cross-entropy, and a nearest neighbour."""
+    decode: bool = True
+    """After the search, choose how the winner's logits are turned into names, on validation logits."""
     worker_group: WorkerGroupConfig = WorkerGroupConfig()
 
 

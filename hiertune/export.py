@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -27,7 +27,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from hiertune.config import DataConfig, KmerConfig, TrialConfig
+from hiertune.config import DataConfig, HeadConfig, KmerConfig, TrialConfig
+from hiertune.decoding import AS_TRAINED, Decoder, DecodingRule
 from hiertune.errors import InputError
 from hiertune.models import HierarchicalClassifier, build_model
 from hiertune.taxonomy import Taxonomy
@@ -50,10 +51,12 @@ def save_model(
     metrics: Mapping[str, float] | None,
     input_shape: tuple[int, ...],
     kmer: KmerConfig | None,
+    outcomes: Sequence[str] = (),
 ) -> Path:
     """Write `model` (of `build_model`, standardisation included) to `folder`; a model there is replaced.
 
     `input_shape` is that of one row. `kmer` says how sequences become inputs; None where they don't.
+    `outcomes` are the levels whose last class says "unknown".
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,7 @@ def save_model(
         "classes": dict(zip(taxonomy.levels, taxonomy.num_classes, strict=True)),
         "input_shape": list(input_shape),
         "kmer": None if kmer is None else kmer.model_dump(mode="json"),
+        "outcomes": list(outcomes),
         "config": config.model_dump(mode="json"),
         "metrics": dict(metrics or {}),
         "versions": {
@@ -76,8 +80,7 @@ def save_model(
         "taxonomy": taxonomy.to_dict(),
     }
     _replace(folder / WEIGHTS, weights)
-    _replace(folder / README, _readme(description).encode())
-    _replace(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
+    _describe(folder, description)
     return folder
 
 
@@ -85,7 +88,10 @@ def save_trained(
     folder: str | Path, model: HierarchicalClassifier, config: TrialConfig, data: HierarchicalDataset
 ) -> None:
     """`save_model` for a model that was trained on `data`; its classes may include "unknown"."""
-    save_model(folder, model, config, model.head.taxonomy, None, tuple(data.inputs.shape[1:]), data.kmer)
+    taxonomy, sizes = model.head.taxonomy, data.taxonomy.num_classes
+    levels = zip(taxonomy.levels, taxonomy.num_classes, sizes, strict=True)
+    outcomes = [level for level, size, known in levels if size > known]
+    save_model(folder, model, config, taxonomy, None, tuple(data.inputs.shape[1:]), data.kmer, outcomes)
 
 
 def export_winner(run_dir: str | Path, out: str | Path) -> Path:
@@ -107,9 +113,19 @@ def export_winner(run_dir: str | Path, out: str | Path) -> Path:
     if summary.is_file():
         description = _read_description(out)
         description["metrics"] = json.loads(summary.read_text("utf-8"))["winner"]["metrics"]
-        _replace(out / README, _readme(description).encode())
-        _replace(out / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
+        _describe(out, description)
     return out
+
+
+def save_decoding(folder: str | Path, rule: DecodingRule) -> None:
+    """Let the model in `folder` name by `rule` from now on. InputError if the folder is no model."""
+    folder = Path(folder)
+    _describe(folder, _read_description(folder) | {"decoding": rule.model_dump(mode="json")})
+
+
+def _describe(folder: Path, description: Mapping[str, Any]) -> None:
+    _replace(folder / README, _readme(description).encode())
+    _replace(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -129,16 +145,18 @@ def _readme(description: Mapping[str, Any]) -> str:
         name: value for name, value in description["metrics"].items() if name.startswith("test/accuracy")
     }
     rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in tested.items())
-    table = f"\n| on the test split | |\n|---|---|\n{rows}" if rows else ""
+    table = f"\n| on the test split, as trained | |\n|---|---|\n{rows}" if rows else ""
+    rule = _rule(description)
+    named = "" if rule == AS_TRAINED else f"\nNames are given by {rule} (`hiertune decode`).\n"
     return f"""# A hierarchical classifier, made by hiertune
 
 Names {shape} inputs at {len(description["levels"])} levels (classes): {classes}.
-{table}
+{table}{named}
     hiertune predict THIS_FOLDER INPUT --out names.csv    # INPUT: {kinds}
 
     from hiertune.export import load_model
     prediction = load_model("THIS_FOLDER").predict(inputs)   # inputs: array [N, {shape.replace(" x ", ", ")}]
-    prediction.names         # per row: the most probable class at every level
+    prediction.names         # per row: a class at every level
     prediction.confidences   # their probabilities [N, levels]
     prediction.paths         # the finest prediction's ancestors: always one path of the taxonomy
 
@@ -155,25 +173,50 @@ class Prediction:
 
     taxonomy: Taxonomy
     labels: np.ndarray
-    """int64 [N, L]: the most probable class of every level by itself; levels may contradict each other."""
+    """int64 [N, L]: the class of every level, by the decoding rule. As trained it is the most probable one of
+    each level by itself, and levels may contradict each other."""
     confidences: np.ndarray
-    """float32 [N, L]: their probabilities."""
+    """float32 [N, L]: their probabilities, as `Predictor.probabilities` gives them whatever the rule."""
+    outcomes: Sequence[str] = ()
+    """Levels whose last class says "unknown"."""
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [N]: the finest level of which something else than "unknown" is said; -1 if there is none."""
+        sizes = [
+            size - (level in self.outcomes)
+            for level, size in zip(self.taxonomy.levels, self.taxonomy.num_classes, strict=True)
+        ]
+        said = self.labels < sizes
+        return np.where(said, np.arange(len(sizes)), -1).max(1)
 
     @cached_property
     def paths(self) -> np.ndarray:
-        """int64 [N, L]: the finest level's class and its ancestors; -1 from an unknown rank upwards."""
-        return self.taxonomy.ancestors(-1)[self.labels[:, -1]]
+        """int64 [N, L]: the class of the finest level that is not "unknown", and its ancestors.
+
+        -1 below it, and from an unknown rank upwards.
+        """
+        paths = np.full(self.labels.shape, -1)
+        for level in range(self.taxonomy.num_levels):
+            rows = self.ends == level
+            paths[rows, : level + 1] = self.taxonomy.ancestors(level)[self.labels[rows, level]]
+        return paths
 
     @property
     def names(self) -> list[tuple[str, ...]]:
-        """Per row, the name of each level's most probable class."""
+        """Per row, the name of each level's class."""
         names = self.taxonomy.names
         return [tuple(names[level][i] for level, i in enumerate(row)) for row in self.labels.tolist()]
 
     @property
     def path_names(self) -> list[tuple[str | None, ...]]:
-        """Per row, the whole path of the finest level's class; None only at its unknown ranks."""
-        return [self.taxonomy.path(-1, index) for index in self.labels[:, -1]]
+        """Per row, the names of `paths`; None at unknown ranks."""
+        gaps = (None,) * self.taxonomy.num_levels
+        found = []
+        for row, level in zip(self.labels, self.ends.tolist(), strict=True):
+            path = self.taxonomy.path(level, row[level]) if level >= 0 else ()
+            found.append((path + gaps)[: len(gaps)])
+        return found
 
 
 class Predictor:
@@ -186,28 +229,43 @@ class Predictor:
         input_shape: tuple[int, ...],
         kmer: KmerConfig | None = None,
         device: str | torch.device = "cpu",
+        rule: DecodingRule = AS_TRAINED,
+        outcomes: Sequence[str] = (),
     ) -> None:
         self.model = model.to(device).eval()
         self.taxonomy = taxonomy
         self.input_shape = input_shape
         self.kmer = kmer
         self.device = torch.device(device)
+        self.rule = rule
+        self.outcomes = tuple(outcomes)
 
     def predict(self, inputs: np.ndarray | torch.Tensor, batch_size: int = 256) -> Prediction:
-        """The most probable class per level, from the refined logits.
+        """One class per level, by the model's own rule (`rule`; `hiertune decode` changes it).
 
         Raises:
             InputError: inputs of another shape, or not finite.
         """
+        return self.predict_by([self.rule], inputs, batch_size)[0]
+
+    def predict_by(
+        self, rules: Sequence[DecodingRule], inputs: np.ndarray | torch.Tensor, batch_size: int = 256
+    ) -> list[Prediction]:
+        """The predictions of several rules, from one pass over the inputs. Raises as `predict`."""
         self.check_shape(inputs)
-        labels = np.empty((len(inputs), self.taxonomy.num_levels), np.int64)
+        decoders = [Decoder(self.taxonomy, rule, self.model.head.refine, self.device) for rule in rules]
+        labels = np.empty((len(rules), len(inputs), self.taxonomy.num_levels), np.int64)
         confidences = np.empty(labels.shape, np.float32)
-        for first, logits in self._forward(inputs, batch_size):
-            for column, level_logits in enumerate(logits.values()):
-                best = level_logits.softmax(1).max(1)
-                labels[first : first + len(level_logits), column] = best.indices.cpu()
-                confidences[first : first + len(level_logits), column] = best.values.cpu()
-        return Prediction(self.taxonomy, labels, confidences)
+        for first, base, logits in self._forward(inputs, batch_size):
+            rows = slice(first, first + batch_size)
+            probabilities = [level_logits.softmax(1) for level_logits in logits.values()]
+            for position, decoder in enumerate(decoders):
+                named = decoder.name(logits if decoder.rule.head is None else decoder.refine(base))
+                columns = zip(probabilities, named.split(1, 1), strict=True)
+                labels[position, rows] = named.cpu()
+                confidences[position, rows] = torch.cat([p.gather(1, n) for p, n in columns], 1).cpu()
+        each = zip(labels, confidences, strict=True)
+        return [Prediction(self.taxonomy, of_rule, their, self.outcomes) for of_rule, their in each]
 
     def probabilities(
         self, inputs: np.ndarray | torch.Tensor, batch_size: int = 256
@@ -215,7 +273,7 @@ class Predictor:
         """Per level float32 `[N, C_l]`: softmax of the refined logits."""
         self.check_shape(inputs)
         blocks: dict[str, list[np.ndarray]] = {level: [] for level in self.taxonomy.levels}
-        for _, logits in self._forward(inputs, batch_size):
+        for _, _, logits in self._forward(inputs, batch_size):
             for level, level_logits in logits.items():
                 blocks[level].append(level_logits.softmax(1).cpu().numpy())
         empty = {
@@ -233,16 +291,17 @@ class Predictor:
     @torch.inference_mode()
     def _forward(
         self, inputs: np.ndarray | torch.Tensor, batch_size: int
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """First row and logits of each batch."""
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+        """First row, base logits and refined logits of each batch."""
         for first in range(0, len(inputs), batch_size):
             batch = _as_tensor(inputs[first : first + batch_size])
             bad = _first_bad_row(batch)
             if bad is not None:
                 raise InputError(f"row {first + bad} of the inputs is not finite", allowed="finite numbers")
-            logits = self.model(batch.to(self.device))
+            logits, base = self.model(batch.to(self.device)), self.model.base_logits
+            assert base is not None
             self.model.release()
-            yield first, logits
+            yield first, base, logits
 
 
 def _as_tensor(rows: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -275,6 +334,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
         kmer = None if description["kmer"] is None else KmerConfig(**description["kmer"])
         taxonomy = Taxonomy.from_dict(description["taxonomy"])
         input_shape = tuple(map(int, description["input_shape"]))
+        rule = _rule(description)
+        outcomes = [taxonomy.levels[taxonomy.level_index(level)] for level in description["outcomes"]]
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced: spare the caller's state
             model = build_model(config.model, taxonomy, input_shape, None)
         model.load_state_dict(safetensors.torch.load(weights))
@@ -286,7 +347,23 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
         safetensors.SafetensorError,
     ) as error:
         raise InputError(f"can't be loaded: {error}", file=folder / DESCRIPTION) from error
-    return Predictor(model, taxonomy, input_shape, kmer, device)
+    return Predictor(model, taxonomy, input_shape, kmer, device, rule, outcomes)
+
+
+def _rule(description: Mapping[str, Any]) -> DecodingRule:
+    """Models that nobody has chosen a rule for name as trained."""
+    return DecodingRule.model_validate(description.get("decoding", {}))
+
+
+def read_head(folder: str | Path) -> tuple[HeadConfig, Taxonomy]:
+    """The head of a model and the classes it names, without its weights. InputError as `load_model`."""
+    folder = Path(folder)
+    description = _read_description(folder)
+    try:
+        config = TrialConfig.model_validate_json(json.dumps(description["config"]))
+        return config.model.head, Taxonomy.from_dict(description["taxonomy"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"can't be read: {error}", file=folder / DESCRIPTION) from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from hiertune.report import figures
 from hiertune.report.read import PARAM, Search, read_search
 
 MOST_LEADERS = 20
+_AS_TRAINED: Mapping[str, Any] = {
+    "rule": None,
+    "name": "as trained",
+}  # of searches that chose no way of decoding
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def _render(search: Search) -> str:
         search=search,
         facts=_facts(search),
         comparisons=_comparisons(search),
+        decoding=_decoding(search),
         contenders=_contender_table(contenders),
         settings=_settings(search),
         counts=search.trials["state"].value_counts().to_dict(),
@@ -118,6 +123,23 @@ def _comparisons(search: Search) -> list[str]:
     return sentences
 
 
+def _decoding(search: Search) -> str | None:
+    """One sentence on how the winner's logits become names, if a rule was chosen for that."""
+    decoding = (
+        _AS_TRAINED if search.summary is None else search.summary["winner"].get("decoding", _AS_TRAINED)
+    )
+    if decoding["rule"] is None:
+        return None
+    before, after = (decoding["val"][when][search.metric] for when in ("before", "after"))
+    tried = f"of {decoding['tried']} ways to turn its logits into names"
+    if decoding["name"] == "as trained":
+        return f"The winner names as trained: {tried} none has a better {search.metric} ({score(before)})."
+    return (
+        f"The winner, decoded: {decoding['name']}, {tried} the best by {search.metric} ({score(before)} as"
+        f" trained, {score(after)} so)."
+    )
+
+
 def _words(label: str) -> str:
     return label.replace("_", " ")
 
@@ -126,6 +148,9 @@ def _contenders(search: Search) -> dict[str, dict[str, float]]:
     """Metrics of the winner and its controls; of the best trial alone while there is no winner."""
     if search.summary is not None:
         winner = {"winner": search.summary["winner"]["metrics"]}
+        decoding = search.summary["winner"].get("decoding", _AS_TRAINED)
+        if decoding["name"] != "as trained":
+            winner["winner, decoded"] = decoding["test"]
         controls = {
             _words(label): control["metrics"] for label, control in search.summary["controls"].items()
         }

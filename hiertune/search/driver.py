@@ -17,9 +17,11 @@ from ray import tune
 from rich.console import Console
 
 from hiertune.config import TrialConfig
+from hiertune.decoding import CRM
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape, groups_that_fit
+from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord
@@ -33,7 +35,7 @@ from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.strategies import build_sampler, build_scheduler
 from hiertune.search.summary import summarise
 from hiertune.search.trainable import TrialActor
-from hiertune.search.winner import Contender, flat_control, is_features, measure
+from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
 from hiertune.tracking import Tracker, display_uri
 
@@ -79,7 +81,7 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        checkpoints = Checkpoints(folder, ledger.ended())
+        checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         with _tracked(plan, tracker):
             with display, _cluster(display), _pool(plan) as pool:
@@ -87,10 +89,13 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
                 best = _find_best(plan, ledger, pool, listeners, tracker)
                 config = plan.space.resolve(best.params)
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
+                display.say("choosing how the winner's logits become names")
+                decoding = choose_rule(plan, best, config)
                 with Interruption(at_once=True):
-                    contenders = _measure_winner(plan, pool, config, display)
+                    contenders = _measure_winner(plan, pool, config, decoding, display)
             checkpoints.sweep()
-            summary = summarise(plan, ledger.records(), best, contenders, time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            summary = summarise(plan, ledger.records(), best, contenders, decoding, seconds)
             _track_winner(tracker, folder, summary)
         delivery = tracker.close(_DELIVERY_PATIENCE_S)
         summary["tracking"] = {"uri": display_uri(plan.tracking_uri), **asdict(delivery)}
@@ -183,6 +188,7 @@ def _run_trials(
 ) -> None:
     """Let Tune run the trials that are left; the ledger has them when this returns."""
     search = plan.config.search
+    keep = keeps_logits(plan)
     # A resumed search draws on: with the old seed it would propose its first trials again.
     ledger.study.sampler = build_sampler(search.sampler, search.seed + len(ledger.records()))
 
@@ -191,6 +197,7 @@ def _run_trials(
             f"trial-{number}",
             plan.located(config),
             str(plan.folder.trial(number)),
+            keep_logits=str(plan.folder.logits(number)) if keep else None,
             max_failures=search.worker_group.max_failures,
         )
 
@@ -224,7 +231,7 @@ def _run_trials(
 
 
 def _measure_winner(
-    plan: SearchPlan, pool: WorkerPool, config: TrialConfig, display: Display
+    plan: SearchPlan, pool: WorkerPool, config: TrialConfig, decoding: Choice, display: Display
 ) -> dict[str, Contender]:
     display.say("measuring the winner and its controls on the test split")
     search = plan.config.search
@@ -234,8 +241,11 @@ def _measure_winner(
         configs["flat"] = plan.located(flat_control(plan.space))
         folders["flat"] = plan.folder.root / "controls" / "flat"
     nearest = search.controls and is_features(plan.data)
+    rules = {"flat": {"flat_crm": CRM}} if search.decode else {}
+    if decoding.rule is not None:
+        rules["winner"] = {DECODED: decoding.rule}
     try:
-        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest)
+        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules)
     except RuntimeError as error:
         raise SearchFailed(str(error)) from error
 
@@ -252,6 +262,8 @@ def _why_nothing_won(records: list[TrialRecord]) -> str:
 def _track_winner(tracker: Tracker, folder: RunFolder, summary: dict[str, Any]) -> None:
     """The winner's numbers and files, on the search's own run."""
     tracker.log(None, 0, summary["winner"]["metrics"])
+    if (decoding := summary["winner"]["decoding"])["rule"] is not None:
+        tracker.log(None, 0, {f"decoded/{name}": value for name, value in decoding["test"].items()})
     for label, control in summary["controls"].items():
         tracker.log(None, 0, {f"control/{label}/{name}": value for name, value in control["metrics"].items()})
     tracker.artifact(None, folder.best)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hiertune.config import TrialConfig
-from hiertune.search.ledger import TrialRecord
+from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import RunFolder
 from hiertune.space import flatten
 from hiertune.tracking import Tracker
@@ -103,16 +103,18 @@ class Log:
 
 
 class Checkpoints:
-    """Removes the checkpoints of trials that have ended.
+    """Removes what trials that have ended leave in their folders, but for the best one's validation logits.
 
     A trial's own end is too early: its workers may still be writing. So its folder goes with the end
     of the next one, and the last one's with the search.
     """
 
-    def __init__(self, folder: RunFolder, ended: list[TrialRecord]) -> None:
+    def __init__(self, folder: RunFolder, mode: Mode, ended: list[TrialRecord]) -> None:
         """`ended`: trials of an interrupted search, whose last ones had no time to be swept."""
         self._folder = folder
-        self._ended = [record.number for record in ended]
+        self._mode = mode
+        self._ended = list(ended)
+        self._best: TrialRecord | None = None
 
     def trial_started(self, number: int, config: TrialConfig, params: dict) -> None: ...
 
@@ -120,8 +122,30 @@ class Checkpoints:
 
     def trial_ended(self, record: TrialRecord) -> None:
         self.sweep()
-        self._ended.append(record.number)
+        self._ended.append(record)
 
     def sweep(self) -> None:
         while self._ended:
-            shutil.rmtree(self._folder.trial(self._ended.pop()), ignore_errors=True)
+            record = self._ended.pop()
+            if record.state == "completed" and self._leads(record):
+                if self._best is not None:
+                    self._remove(self._best.number)
+                self._best = record
+                self._keep_logits(record.number)
+            else:
+                self._remove(record.number)
+
+    def _leads(self, record: TrialRecord) -> bool:
+        return self._best is None or record.rank(self._mode) < self._best.rank(self._mode)
+
+    def _remove(self, number: int) -> None:
+        shutil.rmtree(self._folder.trial(number), ignore_errors=True)
+
+    def _keep_logits(self, number: int) -> None:
+        logits = self._folder.logits(number)
+        if not logits.exists():
+            self._remove(number)
+            return
+        for file in logits.parent.iterdir():
+            if file != logits:
+                file.unlink(missing_ok=True)

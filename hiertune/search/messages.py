@@ -21,6 +21,8 @@ class Job:
     validate_on: tuple[str, ...] = ("val",)
     test_on: tuple[str, ...] = ()
     export: bool = False
+    keep_logits: str | None = None
+    """File for the base logits of the validation split, written at the last epoch."""
     max_failures: int = 3
     """How often it may lose its workers before it counts as failed."""
 

@@ -31,6 +31,10 @@ class RunFolder:
     def trial(self, number: int) -> Path:
         return self.root / "trials" / f"{number:04d}"
 
+    def logits(self, number: int) -> Path:
+        """Validation logits of a trial; they stay only of the best one."""
+        return self.trial(number) / "val_logits.safetensors"
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already."""
         if self.root.exists():

@@ -39,27 +39,46 @@ def print_results(
     console.print()
     console.print(settings_table(winner["params"]))
     console.print()
-    rows = {"winner": winner["metrics"], **{label: row["metrics"] for label, row in controls.items()}}
+    decoding = winner.get("decoding")  # older summaries have none
+    renamed = decoding is not None and decoding["name"] != "as trained"
+    rows = {
+        "winner": winner["metrics"],
+        **({"winner, decoded": decoding["test"]} if renamed else {}),
+        **{label: row["metrics"] for label, row in controls.items()},
+    }
     console.print(test_table(rows, plan.data.taxonomy.levels))
+    if decoding is not None:
+        console.print(escape(decoding_line(decoding, plan.metric)), highlight=False)
     for label, control in controls.items():
         console.print(_verdict(label, control["against_winner"]), highlight=False)
     console.print()
     delivery = Delivery(*(summary["tracking"][name] for name in ("delivered", "total", "error")))
     console.print(f"{states} in {summary['seconds']:.0f} s; {delivery_line(delivery)}", highlight=False)
     console.print()
-    for what, command in next_commands(plan).items():
+    for what, command in next_commands(plan, decode=renamed).items():
         console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
 
 
-def next_commands(plan: SearchPlan) -> dict[str, str]:
+def decoding_line(decoding: dict[str, Any], metric: str) -> str:
+    """What came of choosing how logits become names; `decoding` is that of summary.json."""
+    if decoding["rule"] is None:
+        return f"decoding as trained: {decoding['reason']}"
+    before, after = (f"{decoding['val'][when][metric]:.4f}" for when in ("before", "after"))
+    if decoding["name"] == "as trained":
+        return f"decoding as trained: none of {decoding['tried']} rules betters its {metric} of {before}"
+    return f"decoded: {decoding['name']} ({metric} {before} -> {after}; best of {decoding['tried']} rules)"
+
+
+def next_commands(plan: SearchPlan, decode: bool = False) -> dict[str, str]:
     """What a user will want to type or open after a search."""
-    folder = os.path.relpath(plan.folder.root)
+    folder, program = os.path.relpath(plan.folder.root), as_typed("hiertune")
     command, page = ui_command(plan.tracking_uri), runs_page(plan.tracking_uri)
     compare = "Compare the runs in MLflow"
     return {
         **({compare: page} if command is None else {compare: command, "  and open": page}),
         "Extend the search": resume_command(plan, trials=2 * plan.trials),
-        "Use the model": f"{as_typed('hiertune')} predict {shlex.quote(folder)}/model INPUT",
+        **({"Name as decoded": f"{program} decode {shlex.quote(folder)} --save"} if decode else {}),
+        "Use the model": f"{program} predict {shlex.quote(folder)}/model INPUT",
         "Read the report": f"{folder}/report.html",
     }
 

@@ -8,9 +8,11 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from hiertune.decoding import AS_TRAINED
+from hiertune.search.decoding import Choice
 from hiertune.search.ledger import TrialRecord
 from hiertune.search.plan import SearchPlan
-from hiertune.search.winner import Contender, compare
+from hiertune.search.winner import DECODED, Contender, compare
 
 _VERSIONED = ("torch", "ray", "optuna", "mlflow", "numpy", "h5py")
 
@@ -20,6 +22,7 @@ def summarise(
     records: list[TrialRecord],
     best: TrialRecord,
     contenders: dict[str, Contender],
+    decoding: Choice,
     seconds: float,
 ) -> dict[str, Any]:
     """Everything about the search but how its tracking was delivered."""
@@ -32,6 +35,7 @@ def summarise(
             "trial": best.number,
             "params": best.params,
             "metrics": best.metrics | winner.metrics,
+            "decoding": _decoding(decoding, contenders.get(DECODED)),
         },
         "controls": {
             label: {
@@ -39,7 +43,7 @@ def summarise(
                 "against_winner": asdict(compare(winner, control, plan.data, plan.fit_on)),
             }
             for label, control in contenders.items()
-            if label != "winner"
+            if label not in ("winner", DECODED)
         },
         "refit": plan.config.search.refit,
         "seconds": round(seconds, 1),
@@ -53,4 +57,17 @@ def summarise(
             "fingerprint": plan.data.fingerprint,
             "rows": len(plan.data.labels),
         },
+    }
+
+
+def _decoding(choice: Choice, decoded: Contender | None) -> dict[str, Any]:
+    """How the winner's logits become names: the rule, and metrics as trained (`before`) and by the rule."""
+    if choice.rule is None or decoded is None:
+        return {"rule": None, "name": str(AS_TRAINED), "reason": choice.reason}
+    return {
+        "rule": choice.rule.model_dump(mode="json"),
+        "name": str(choice.rule),
+        "tried": choice.tried,
+        "val": {"before": choice.before, "after": choice.after},
+        "test": decoded.metrics,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,16 @@ import scipy.stats
 from hiertune.config import CrossEntropyConfig, EqualConfig, LinearHeadConfig, TrialConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.data.nearest import nearest_neighbour_predictions
+from hiertune.decoding import AS_TRAINED, DecodingRule
 from hiertune.export import load_model
 from hiertune.metrics.predictions import prediction_metrics
 from hiertune.search.messages import Failed, Finished, Job
 from hiertune.search.pool import WorkerPool
 from hiertune.space import Space
+from hiertune.taxonomy import Taxonomy
+
+DECODED = "winner_decoded"
+"""Label of the winner's model with its logits decoded by the chosen rule."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,12 @@ def measure(
     folders: dict[str, Path],
     fit_on: tuple[str, ...],
     nearest: bool,
+    rules: Mapping[str, Mapping[str, DecodingRule]],
 ) -> dict[str, Contender]:
     """Train every config on `fit_on` and read the test split; plus the nearest neighbour, if asked.
 
-    Raises RuntimeError with the reason when a training fails.
+    `rules` gives a config further contenders, by their labels: the same model, its logits decoded by that
+    rule. Raises RuntimeError with the reason when a training fails.
     """
     jobs = {
         label: Job(
@@ -75,8 +83,11 @@ def measure(
         endings = {label: threads.submit(pool.run, job) for label, job in jobs.items()}
         neighbour = threads.submit(_nearest_neighbour, data, fit_on) if nearest else None
         contenders = {
-            label: _contender(label, folders[label], future.result(), data)
+            contender.label: contender
             for label, future in endings.items()
+            for contender in _contenders(
+                label, folders[label], future.result(), data, fit_on, rules.get(label, {})
+            )
         }
         if neighbour is not None:
             contenders["nearest_neighbour"] = neighbour.result()
@@ -111,15 +122,41 @@ def _nearest_neighbour(data: HierarchicalDataset, fit_on: tuple[str, ...]) -> Co
     predictions = nearest_neighbour_predictions(
         data.inputs.rows(train), data.labels[train], data.inputs.rows(test)
     )
-    metrics = prediction_metrics(
-        predictions, data.labels[test], data.taxonomy, data.labels[train], prefix="test"
-    )
-    return Contender("nearest_neighbour", metrics, predictions)
+    return _judged("nearest_neighbour", predictions, data.taxonomy, data, fit_on)
 
 
-def _contender(label: str, folder: Path, ending: Finished | Failed, data: HierarchicalDataset) -> Contender:
+def _contenders(
+    label: str,
+    folder: Path,
+    ending: Finished | Failed,
+    data: HierarchicalDataset,
+    fit_on: tuple[str, ...],
+    rules: Mapping[str, DecodingRule],
+) -> list[Contender]:
+    """A trained model as it was measured, then as each rule decodes it."""
     if isinstance(ending, Failed):
         raise RuntimeError(f"training of {label} failed: {ending.reason}")
     metrics = {name: value for name, value in ending.outcome.metrics.items() if name.startswith("test/")}
-    prediction = load_model(folder / "model").predict(data.inputs.rows(data.rows("test")))
-    return Contender(label, metrics, prediction.labels)
+    inputs = data.inputs.rows(data.rows("test"))
+    model = load_model(folder / "model")
+    as_trained, *decoded = model.predict_by([AS_TRAINED, *rules.values()], inputs)
+    return [
+        Contender(label, metrics, as_trained.labels),
+        *(
+            _judged(name, prediction.labels, model.taxonomy, data, fit_on)
+            for name, prediction in zip(rules, decoded, strict=True)
+        ),
+    ]
+
+
+def _judged(
+    label: str,
+    predictions: np.ndarray,
+    taxonomy: Taxonomy,
+    data: HierarchicalDataset,
+    fit_on: tuple[str, ...],
+) -> Contender:
+    """`taxonomy` is that of the predictions: it may have classes for "unknown", which are always wrong."""
+    labels, train_labels = data.labels[data.rows("test")], data.labels[data.rows(*fit_on)]
+    metrics = prediction_metrics(predictions, labels, taxonomy, train_labels, prefix="test")
+    return Contender(label, metrics, predictions)

@@ -48,6 +48,7 @@ def _train(job: Job, link: _Link) -> None:
             validate_on=job.validate_on,
             test_on=job.test_on,
             checkpoint=checkpoint,
+            keep_logits=None if job.keep_logits is None else Path(job.keep_logits),
             finish=(lambda model: save_trained(f"{job.folder}/model", model, job.config, data))
             if job.export
             else None,

@@ -29,6 +29,7 @@ def run_trial(
     test_on: tuple[str, ...] = (),
     checkpoint: Path | None = None,
     resume: bool = True,
+    keep_logits: Path | None = None,
     finish: Callable[[HierarchicalClassifier], None] | None = None,
 ) -> TrialOutcome:
     """Train one trial; every worker of the process group (if there is one) calls this alike.
@@ -42,6 +43,9 @@ def run_trial(
     bit-identical to a run without a break, from the epoch after the checkpoint, which may have been
     reported before.
 
+    With a `keep_logits` path the validation split's base logits at the last epoch are written there before
+    that epoch is reported (`hiertune.decoding.ValidationLogits`).
+
     Raises, on all workers together: TrialFailed if a loss is not finite; InputError for a split
     without rows, or a config that this data or machine cannot follow. The process group stays usable.
     """
@@ -54,7 +58,7 @@ def run_trial(
             trial.resume(checkpoint)
         clock = CheckpointClock()
         while True:
-            result = _run_epoch(trial, validate_on)
+            result = _run_epoch(trial, validate_on, keep_logits)
             stop = report(result) is Decision.STOP
             if result.last:
                 break
@@ -68,11 +72,16 @@ def run_trial(
         return TrialOutcome(trial.epoch, not result.last, result.metrics | tested)
 
 
-def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
+def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | None) -> EpochResult:
     start = time.perf_counter()
     metrics = trial.train_epoch()
+    last = trial.epoch == trial.config.train.epochs
     if validate_on:
-        metrics |= trial.evaluate("val", trial.data.rows(*validate_on))
+        rows = trial.data.rows(*validate_on)
+        if keep_logits is not None and last:
+            metrics |= trial.evaluate_and_keep(rows, keep_logits)
+        else:
+            metrics |= trial.evaluate("val", rows)
     notes, trial.notes = trial.notes, ()
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trial.device)
     return EpochResult(
@@ -80,6 +89,6 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
         metrics,
         trial.workers.sum(seconds).item() / trial.workers.size,
         trial.steps,
-        last=trial.epoch == trial.config.train.epochs,
+        last=last,
         notes=notes,
     )

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hiertune.config import NoMixConfig, TrainConfig, TrialConfig, UnknownOutcomeConfig
 from hiertune.data import HierarchicalDataset
+from hiertune.decoding import ValidationLogits
 from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
@@ -30,6 +31,7 @@ from hiertune.train.batch_norm import has_batch_norm, synchronize_batch_norms
 from hiertune.train.batches import FIRST_WORKER, BatchPlan, Pass, Step, random_stream
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
 from hiertune.train.feed import Feed
+from hiertune.train.logits import LogitCollector
 from hiertune.train.mixing import Mixing
 from hiertune.train.optim import build_optimizer, learning_rate_factor
 from hiertune.train.result import TrialFailed
@@ -233,10 +235,12 @@ class Trial:
     # ----------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(self, split: str, rows: np.ndarray) -> dict[str, float]:
+    def evaluate(
+        self, split: str, rows: np.ndarray, collector: LogitCollector | None = None
+    ) -> dict[str, float]:
         """Metrics `<split>/...` on `rows`, exact and the same on all workers. Raises TrialFailed.
 
-        The loss is that of training without class and level weights.
+        The loss is that of training without class and level weights. `collector` gets the base logits.
         """
         seen = seen_classes(self.data.labels[self.plan.rows], self.data.taxonomy)
         outcomes = outcome_levels(self.config.unknown, self.data)
@@ -252,12 +256,26 @@ class Trial:
                 logits = self.model(inputs)
             sums = level_losses(self._losses, logits, labels, ones, no_weights)
             evaluation.add(logits, labels, sums)
+            if collector is not None and self.model.base_logits is not None:
+                collector.add(self.model.base_logits)
         self.model.release()
         self.workers.sum(evaluation.state)
         metrics = evaluation.compute(split)
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise TrialFailed(f"{name} is {value} at epoch {self.epoch}")
+        return metrics
+
+    def evaluate_and_keep(self, rows: np.ndarray, path: Path) -> dict[str, float]:
+        """`evaluate` on validation rows; the first worker writes their base logits to `path`."""
+        shard = Pass(np.arange(len(rows))).shard(self.workers).rows
+        taxonomy = self.model.head.taxonomy
+        collector = LogitCollector(taxonomy, len(rows), shard, self.device)
+        metrics = self.evaluate("val", rows, collector)
+        base = collector.gather(self.workers)
+        if self.workers.first:
+            seen = seen_classes(self.data.labels[self.plan.rows], taxonomy)
+            ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
         return metrics
 
     # ---------------------------------------------------------------------------- checkpoints

@@ -88,7 +88,7 @@ def test_a_search_from_the_space_to_the_model(hiertune, write_space, tmp_path):
         "mode": "max",
         "value": float(best["objective"]),
     }
-    assert set(summary["controls"]) == {"flat", "nearest_neighbour"}
+    assert set(summary["controls"]) == {"flat", "flat_crm", "nearest_neighbour"}
     for metrics in (summary["winner"]["metrics"], *(c["metrics"] for c in summary["controls"].values())):
         assert 0 < metrics["test/accuracy_seen/genus"] <= 1
     assert not any(name.startswith("test/") for name in rows[0])
@@ -98,7 +98,8 @@ def test_a_search_from_the_space_to_the_model(hiertune, write_space, tmp_path):
     assert "winner against flat" in done.stdout
     assert f"{summary['winner']['metrics']['test/accuracy_seen/genus']:.4f}" in done.stdout
     assert (run / "report.html").stat().st_size > 10_000
-    assert not list((run / "trials").glob("*")), "checkpoints of ended trials are gone"
+    kept = [path.relative_to(run / "trials").as_posix() for path in (run / "trials").rglob("*.*")]
+    assert kept == [f"{summary['winner']['trial']:04d}/val_logits.safetensors"], "checkpoints are gone"
     assert processes_of(tmp_path) == []
 
     _check_mlflow(tmp_path / "runs", rows, summary)
@@ -119,6 +120,16 @@ def test_a_search_from_the_space_to_the_model(hiertune, write_space, tmp_path):
         named = list(csv.DictReader(file))
     assert len(named) == 600
     assert {row["genus"] for row in named} <= {f"g{i}" for i in range(8)}
+
+    # How it names is chosen on its trial's validation logits, which two workers wrote together.
+    decoding = summary["winner"]["decoding"]
+    for name, value in decoding["val"]["before"].items():
+        assert value == float(best[name]), name
+    assert decoding["val"]["after"]["val/accuracy/genus"] >= float(best["objective"])
+    decoded = hiertune("decode", run, "--metric", "val/hierarchical_distance", "--save", capture_output=True)
+    assert decoded.returncode == 0, decoded.stderr
+    assert f"{float(best['val/hierarchical_distance']):.4f}" in decoded.stdout
+    assert json.loads((run / "model" / "model.json").read_text())["decoding"]["kind"] in ("argmax", "crm")
 
     # A second search of that name is refused; resuming a finished one adds nothing and says it again.
     refused = hiertune("search", tmp_path / "space.yaml", capture_output=True)

@@ -17,6 +17,7 @@ from hiertune import export
 from hiertune.config import (
     ConditionalHeadConfig,
     DataConfig,
+    HierarchicalSoftmaxConfig,
     IdentityConfig,
     KmerConfig,
     LinearHeadConfig,
@@ -28,8 +29,16 @@ from hiertune.config import (
 )
 from hiertune.data import write_dataset
 from hiertune.data.kmers import kmer_features
+from hiertune.decoding import AS_TRAINED, Decoder, DecodingRule
 from hiertune.errors import InputError
-from hiertune.export import export_winner, load_model, predict_file, save_model
+from hiertune.export import (
+    export_winner,
+    load_model,
+    predict_file,
+    read_head,
+    save_decoding,
+    save_model,
+)
 from hiertune.models import build_model
 from hiertune.taxonomy import Taxonomy
 
@@ -121,6 +130,47 @@ def test_predictions_follow_the_refined_logits(tmp_path):
     TAXONOMY.check_labels(prediction.paths)
 
 
+RULE = DecodingRule(kind="crm", temperature=2.0, head=HierarchicalSoftmaxConfig())
+
+
+def test_a_saved_rule_decides_the_names_but_not_their_probabilities(tmp_path):
+    model = save(tmp_path)
+    x = inputs(40)
+    as_trained = load_model(tmp_path).predict(x, batch_size=16)
+    save_decoding(tmp_path, RULE)
+    predictor = load_model(tmp_path)
+    assert predictor.rule == RULE
+    prediction = predictor.predict(x, batch_size=16)
+    with torch.inference_mode():
+        model(x)
+        expected = Decoder(TAXONOMY, RULE, model.head.refine)(model.base_logits).numpy()
+    assert prediction.labels.tolist() == expected.tolist()
+    assert prediction.labels.tolist() != as_trained.labels.tolist()
+    known = prediction.paths >= 0
+    assert (prediction.paths == prediction.labels)[known].all(), "whole paths"
+    for column, probabilities in enumerate(predictor.probabilities(x).values()):
+        of_named = probabilities[np.arange(40), prediction.labels[:, column]]
+        np.testing.assert_allclose(prediction.confidences[:, column], of_named, rtol=1e-6)
+    assert f"Names are given by {RULE}" in (tmp_path / "README.md").read_text()
+
+    both = predictor.predict_by([AS_TRAINED, RULE], x)
+    assert both[0].labels.tolist() == as_trained.labels.tolist()
+    assert both[1].labels.tolist() == expected.tolist()
+
+    save_decoding(tmp_path, AS_TRAINED)
+    assert load_model(tmp_path).predict(x).labels.tolist() == as_trained.labels.tolist()
+    assert "Names are given by" not in (tmp_path / "README.md").read_text()
+
+
+def test_the_head_is_read_without_the_weights(tmp_path):
+    save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert read_head(tmp_path) == (MODELS["mlp"].head, TAXONOMY)
+    spoil(tmp_path, config={})
+    with pytest.raises(InputError, match=r"model.json: can't be read"):
+        read_head(tmp_path)
+
+
 def test_no_rows_give_no_predictions(tmp_path):
     save(tmp_path)
     predictor = load_model(tmp_path)
@@ -187,6 +237,7 @@ def spoil(folder, **changes):
         (lambda folder: spoil(folder, config={}), "can't be loaded"),
         (lambda folder: spoil(folder, kmer={"k": 99}), "can't be loaded"),
         (lambda folder: spoil(folder, taxonomy={}), "can't be loaded"),
+        (lambda folder: spoil(folder, decoding={"kind": "luck"}), "can't be loaded"),
         (lambda folder: spoil(folder, input_shape=[3]), "can't be loaded"),
         (lambda folder: spoil(folder, input_shape=None), "can't be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "is damaged"),

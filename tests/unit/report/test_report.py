@@ -95,6 +95,33 @@ def test_winner_beside_controls(finished):
     assert rows["hierarchical_distance"] == ["2.0840", "2.1260", "2.0800 ★"]
 
 
+def decoded(finished, **decoding):
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["winner"]["decoding"] = decoding
+    (finished / "summary.json").write_text(json.dumps(summary))
+    return page_of(finished)
+
+
+def test_the_decoded_winner_beside_the_winner(finished):
+    val = {"before": {"val/accuracy/genus": 0.9}, "after": {"val/accuracy/genus": 0.91}}
+    test = {"test/accuracy/genus": 0.97}
+    page = decoded(finished, rule={"kind": "crm"}, name="by risk", tried=25, val=val, test=test)
+    table = page.table("on the test split")
+    assert table[0][1:] == ["winner", "winner, decoded", "flat", "nearest neighbour"]
+    assert next(row for row in table if row[0] == "accuracy/genus")[2] == "0.9700 ★"
+    assert "by risk, of 25 ways to turn its logits into names the best by val/accuracy/genus" in page.text
+    assert "(0.9000 as trained, 0.9100 so)" in page.text
+
+
+def test_a_winner_that_names_as_trained(finished):
+    val = {"before": {"val/accuracy/genus": 0.9}, "after": {"val/accuracy/genus": 0.9}}
+    page = decoded(finished, rule={"kind": "argmax"}, name="as trained", tried=25, val=val, test={})
+    assert page.table("on the test split")[0][1:] == ["winner", "flat", "nearest neighbour"]
+    assert "names as trained: of 25 ways" in page.text
+    page = decoded(finished, rule=None, name="as trained", reason="search.decode is off")
+    assert "names as trained" not in page.text
+
+
 def test_mistakes_per_level(finished):
     (figure,) = page_of(finished).figure("wrong (test split)")
     winner = figure["data"][0]

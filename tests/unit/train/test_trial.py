@@ -25,6 +25,7 @@ from hiertune.config import (
     UncertaintyConfig,
 )
 from hiertune.data import HierarchicalDataset, MemoryInputs
+from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.batches import BatchPlan
@@ -331,6 +332,37 @@ def pollute():
     torch.manual_seed(987)
     torch.randn(17)
     np.random.seed(5)
+
+
+@pytest.mark.parametrize("rows", [1024, 5])
+def test_the_last_epochs_validation_logits_are_kept(rich, data, alone, tmp_path, monkeypatch, rows):
+    monkeypatch.setattr("hiertune.train.trial._EVALUATION_ROWS", rows)
+    path = tmp_path / "trial" / "val_logits"
+    record = alone(rich, data, keep_logits=path)
+    logits = ValidationLogits.load(path, data.taxonomy)
+    model = build_model(rich.model, data.taxonomy, (6,), standardization(data, ("train",)))
+    model.load_state_dict(record["parameters"])
+    model.eval()(data.inputs.rows(data.rows("val")))
+    for level, base in model.base_logits.items():
+        torch.testing.assert_close(logits.base[level], base.detach())
+    assert logits.labels.tolist() == data.labels[data.rows("val")].tolist()
+    for column, seen in enumerate(logits.seen):
+        assert set(seen.nonzero().flatten().tolist()) == set(data.labels[data.rows("train"), column]) - {-1}
+    as_trained, *_ = try_rules(logits, data.taxonomy, rich.model.head)
+    told = record["reports"][-1].metrics
+    assert as_trained.metrics == {name: told[name] for name in as_trained.metrics}
+
+
+def test_a_trial_that_is_stopped_keeps_no_logits(config, data, alone, tmp_path):
+    alone(config(), data, keep_logits=tmp_path / "logits", stop_at=2)
+    alone(config(), data, keep_logits=tmp_path / "logits", validate_on=())
+    assert not (tmp_path / "logits").exists()
+
+
+def test_logits_are_kept_at_full_width_under_autocast(config, data, alone, tmp_path):
+    alone(config(precision="bf16"), data, keep_logits=tmp_path / "logits")
+    logits = ValidationLogits.load(tmp_path / "logits", data.taxonomy)
+    assert {base.dtype for base in logits.base.values()} == {torch.float32}
 
 
 def test_bit_identical_whatever_ran_before(rich, config, data, alone):

@@ -15,6 +15,7 @@ from hiertune.config import (
     TaxonomySmoothingConfig,
     UnknownOutcomeConfig,
 )
+from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.export import load_model, save_trained
 from hiertune.losses import build_losses
 from hiertune.metrics import Evaluation, seen_classes
@@ -212,3 +213,17 @@ def test_the_exported_model_says_unknown(config, data, tmp_path):
         model.model.head.linear["genus"].bias[-1] = 1e6
     prediction = model.predict(data.inputs.rows(np.arange(3)))
     assert [names[2] for names in prediction.names] == ["unknown"] * 3
+    families = prediction.labels[:, 1]
+    np.testing.assert_array_equal(prediction.paths[:, :2], data.taxonomy.ancestors("family")[families])
+    assert prediction.paths[:, 2].tolist() == [-1] * 3
+    assert prediction.path_names == [(*data.taxonomy.path("family", i), None) for i in families]
+
+
+def test_the_logits_of_the_outcome_are_decoded_too(config, data, alone, tmp_path):
+    """As trained, decoding gives the very metrics of the last epoch; no rule trips over the extra outcome."""
+    settings = config(unknown=UnknownOutcomeConfig(), head=HierarchicalSoftmaxConfig())
+    metrics = alone(settings, data, keep_logits=tmp_path / "logits")["outcome"].metrics
+    taxonomy, _ = with_unknown(settings.unknown, data)
+    tried = try_rules(ValidationLogits.load(tmp_path / "logits", taxonomy), taxonomy, settings.model.head)
+    assert tried[0].metrics == {name: metrics[name] for name in tried[0].metrics}
+    assert len(tried) > 20

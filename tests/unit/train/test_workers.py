@@ -29,6 +29,7 @@ from hiertune.config import (
     UnknownOutcomeConfig,
 )
 from hiertune.data import HierarchicalDataset
+from hiertune.decoding import ValidationLogits
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.result import TrialFailed
@@ -171,6 +172,16 @@ def test_ten_steps_give_the_same_weights(config, make_data, alone, pair, head, w
     assert (weights[0] == weights[-1]) == (weighting in ("equal", "fixed"))
     for of_one, of_two in zip(one["reports"], two["reports"], strict=True):
         assert of_two.metrics == pytest.approx(of_one.metrics, rel=1e-3, abs=1e-6)
+
+
+def test_validation_logits_are_in_the_order_of_the_rows(config, data, alone, pair, tmp_path):
+    settings = config(epochs=1, head=HierarchicalSoftmaxConfig())
+    alone(settings, data, keep_logits=tmp_path / "one")
+    same_on_both(pair(settings, data, keep_logits=tmp_path / "two"))
+    one, two = (ValidationLogits.load(tmp_path / name, data.taxonomy) for name in ("one", "two"))
+    torch.testing.assert_close(two.base, one.base, rtol=1e-3, atol=1e-5)
+    assert torch.equal(two.labels, one.labels)
+    assert all(map(torch.equal, two.seen, one.seen))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
