@@ -69,15 +69,18 @@ def run_trial(
 
 
 def _run_epoch(trial: Trial, validate_on: tuple[str, ...]) -> EpochResult:
-    start = time.perf_counter()
+    start, waited = time.perf_counter(), trial.seconds_waited
     metrics = trial.train_epoch()
     if validate_on:
         metrics |= trial.evaluate("val", trial.data.rows(*validate_on))
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trial.device)
+    took = [time.perf_counter() - start, trial.seconds_waited - waited]
+    sums = trial.workers.sum(torch.tensor(took, dtype=torch.float64, device=trial.device))
+    seconds, input_seconds = (sums / trial.workers.size).tolist()
     return EpochResult(
         trial.epoch,
         metrics,
-        trial.workers.sum(seconds).item() / trial.workers.size,
+        seconds,
         trial.steps,
         last=trial.epoch == trial.config.train.epochs,
+        input_seconds=input_seconds,
     )

@@ -18,18 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hiertune.config import TrainConfig, TrialConfig
+from hiertune.config import AugmentConfig, TimmConfig, TrainConfig, TrialConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
 from hiertune.gradnorm import build_weighting
 from hiertune.losses import build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models import HierarchicalClassifier, build_model
-from hiertune.train.batch_norm import has_batch_norm, synchronize_batch_norms
+from hiertune.models.timm_backbone import TimmBackbone, image_size
+from hiertune.train.augment import Augmentation
+from hiertune.train.batch_norm import synchronize_batch_norms, uses_batch_statistics
 from hiertune.train.batches import BatchPlan, Step, random_stream
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.features import uses_fixed_features, with_features
 from hiertune.train.feed import Batch, Feed
-from hiertune.train.optim import build_optimizer, learning_rate_factor
+from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
 from hiertune.train.workers import Workers
@@ -65,18 +68,24 @@ class Trial:
         self.plan = BatchPlan(
             data.inputs, rows, train.batch_size, train.seed, self.workers, train.accumulation
         )
-        self._feed = Feed(data, device)
         self._losses = build_losses(config.loss, taxonomy).to(device)
         weights = class_weights(config.loss.class_weights, data.labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
         self._weighting = build_weighting(config.weighting, taxonomy.levels, device)
 
         self.model = _build_model(config, data, fit_on).to(device)
+        self._feed = Feed(_fed(config, data, self.model, device), device)
+        self._augmentation = _augmentation(config)
         _check_batch_norm(self.model, self.plan)
         self._network = _distribute(self.model, self.workers)
-        self._parameters = list(self.model.parameters())
-        self._optimizer = build_optimizer(config.optimizer, self._parameters)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(config.optimizer, parameter_groups(self.model, config.optimizer))
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+
+    @property
+    def seconds_waited(self) -> float:
+        """Wall time in which this worker waited for batches, in all."""
+        return self._feed.seconds_waited
 
     # ------------------------------------------------------------------------------- training
 
@@ -88,7 +97,9 @@ class Trial:
         steps = self.plan.epoch(self.epoch)
         counts = self._known_counts(steps)
         losses = torch.zeros_like(counts)  # [S, L]: this worker's share of each step's loss
-        batches = self._feed.batches(self.plan.shard(rows) for step in steps for rows in step.passes)
+        augment = self._augmentation.of_epoch(self.epoch) if self._augmentation else None
+        shards = (self.plan.shard(rows) for step in steps for rows in step.passes)
+        batches = self._feed.batches(shards, augment)
         self._network.train()
         for number, step in enumerate(steps):
             self._train_step(step, islice(batches, len(step.passes)), counts[number], losses[number])
@@ -137,8 +148,7 @@ class Trial:
     def _update_parameters(self) -> None:
         total = self.config.train.epochs * self.plan.steps_per_epoch
         factor = learning_rate_factor(self.config.schedule, self.steps, total)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
+        set_learning_rate(self._optimizer, self.config.optimizer.lr * factor)
         if self.config.train.grad_clip > 0:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self.config.train.grad_clip)
@@ -175,7 +185,7 @@ class Trial:
         return {
             "train/loss": sum(of_levels),
             **dict(zip(names, of_levels, strict=True)),
-            "lr": self._optimizer.param_groups[0]["lr"],
+            "lr": self._optimizer.param_groups[-1]["lr"],  # of the heads
             **self._weighting.report(),
         }
 
@@ -257,12 +267,30 @@ def _build_model(
     return build_model(config.model, data.taxonomy, tuple(data.inputs.shape[1:]), statistics)
 
 
+def _fed(
+    config: TrialConfig, data: HierarchicalDataset, model: HierarchicalClassifier, device: torch.device
+) -> HierarchicalDataset:
+    """What the model is fed with: the data, or what a frozen backbone always makes of them."""
+    if not uses_fixed_features(config):
+        return data
+    assert isinstance(model.backbone, TimmBackbone)
+    autocast = _autocast(config.train, device)
+    return with_features(data, model.backbone, config.train.precision, device, autocast)
+
+
+def _augmentation(config: TrialConfig) -> Augmentation | None:
+    backbone = config.model.backbone
+    if not isinstance(backbone, TimmConfig) or backbone.augment == AugmentConfig():
+        return None
+    return Augmentation(backbone.augment, config.train.seed, image_size(backbone))
+
+
 def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
-    if has_batch_norm(model) and plan.smallest_pass < 2:
+    if uses_batch_statistics(model) and plan.smallest_pass < 2:
         raise InputError(
             "batch normalisation needs at least two rows in every batch",
             key="train.batch_size",
-            allowed="2 or more, or another model.backbone.norm",
+            allowed="2 or more, or a model.backbone without it",
         )
 
 

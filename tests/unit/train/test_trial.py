@@ -21,7 +21,7 @@ from hiertune.config import (
     SGDConfig,
     TaxonomySmoothingConfig,
 )
-from hiertune.data import HierarchicalDataset, MemoryInputs
+from hiertune.data import HierarchicalDataset
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.batches import BatchPlan
@@ -429,17 +429,3 @@ def test_interrupts_come_through(config, data):
 
     with pytest.raises(KeyboardInterrupt):
         run_trial(config(), data, interrupt)
-
-
-def test_prefetched_batches_are_the_same(data, monkeypatch):
-    """The way of inputs too large for a GPU, but for the pinning."""
-    from hiertune.train.feed import Feed
-
-    feed = Feed(data, torch.device("cpu"))
-    monkeypatch.setattr(feed, "_pinned", data.inputs.rows)
-    shards = [np.array([3, 1]), np.array([], dtype=np.int64), np.array([5])]
-    for (x, y), rows in zip(feed._prefetched(shards), shards, strict=True):
-        assert torch.equal(x, data.inputs.rows(rows))
-        assert y.tolist() == data.labels[rows].tolist()
-    assert isinstance(data.inputs, MemoryInputs)
-    assert list(feed._prefetched([])) == []
