@@ -223,6 +223,7 @@ def _check_layer_decay(corners: list[Resolved], problems: Problems) -> None:
 def _check_images(corners: list[Resolved], folder: Path, shape: tuple[int, ...], problems: Problems) -> None:
     """Every timm backbone is built once, with its weights: they may not be had, or not fit."""
     checked = set()
+    least = min(corners, key=lambda corner: corner.config.train.batch_size)
     for corner in corners:
         backbone = located(corner.config, folder).model.backbone
         if not isinstance(backbone, TimmConfig):
@@ -234,28 +235,33 @@ def _check_images(corners: list[Resolved], folder: Path, shape: tuple[int, ...],
             weights=backbone.weights,
             image_size=backbone.image_size,
             drop_path=0.1 if backbone.drop_path > 0 else 0.0,
+            frozen=backbone.frozen,
         ).model_dump_json()
         if built in checked:
             continue
         checked.add(built)
-        error = _timm_problem(TimmConfig.model_validate_json(built), shape)
-        if error is not None:
-            assert error.key is not None
+        try:
+            normed = _uses_batch_statistics(TimmConfig.model_validate_json(built), shape)
+        except InputError as error:
             problem = f"{error.file}: {error.problem}" if error.file else error.problem
-            _add(problems, corner, tuple(error.key.split(".")), problem, error.allowed or "")
+            key = tuple((error.key or "model.backbone").split("."))
+            _add(problems, corner, key, problem, error.allowed or "")
+            continue
+        if normed and least.config.train.batch_size == 1:
+            problem = f"a batch of one row has no batch statistics, which {backbone.name} needs"
+            allowed = "a whole number of at least 2; or another backbone, or a frozen one"
+            _add(problems, least, ("train", "batch_size"), problem, allowed)
 
 
-def _timm_problem(backbone: TimmConfig, shape: tuple[int, ...]) -> InputError | None:
+def _uses_batch_statistics(backbone: TimmConfig, shape: tuple[int, ...]) -> bool:
+    """Whether its training does. Raises InputError for what cannot be built."""
     import torch
 
     from hiertune.models.timm_backbone import TimmBackbone
+    from hiertune.train.batch_norm import uses_batch_statistics
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            TimmBackbone(shape, backbone)
-    except InputError as error:
-        return error
-    return None
+    with torch.random.fork_rng(devices=[]):
+        return uses_batch_statistics(TimmBackbone(shape, backbone))
 
 
 def _check_augmentation(

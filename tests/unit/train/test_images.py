@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +21,7 @@ from hiertune.config import (
 )
 from hiertune.data import open_dataset, write_dataset
 from hiertune.data.dataset import DataConfig
+from hiertune.errors import InputError
 from hiertune.export import load_model, save_trained
 from hiertune.models import build_model
 from hiertune.train import features
@@ -173,6 +178,37 @@ def test_features_are_computed_once(timm_config, data, alone, cache, monkeypatch
     features._known.clear()
     assert numbers(alone(settings, data)) == first  # from the file
     assert sum(seen) == 2 * len(data)
+
+
+def test_of_those_that_want_features_at_once_one_computes_them(timm_config, data, monkeypatch):
+    seen = images_seen(monkeypatch)
+    settings = timm_config(backbone={"frozen": True}).model.backbone
+    torch.manual_seed(0)
+    backbone = features.TimmBackbone((16, 16, 3), settings)
+    found = []
+
+    def work(own):
+        args = (backbone, "fp32", torch.device("cpu"), nullcontext())
+        found.append(features.with_features(own, *args).inputs.tensor)
+
+    threads = [threading.Thread(target=work, args=(replace(data),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(seen) == len(data)
+    assert all(torch.equal(of_thread, found[0]) for of_thread in found)
+    with torch.no_grad():
+        expected = backbone.pooled(data.inputs.tensor)
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_a_cache_folder_that_cannot_be_written(timm_config, data, alone, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HIERTUNE_CACHE", str(tmp_path / "file"))
+    error = alone(timm_config(backbone={"frozen": True}), data)["error"]
+    assert isinstance(error, InputError)
+    assert "HIERTUNE_CACHE" in error.allowed
 
 
 def test_a_damaged_file_of_features_is_made_again(timm_config, data, alone, cache, monkeypatch):
