@@ -79,10 +79,13 @@ class Augmentation:
         return v2.Compose(changes)
 
 
+_FILLS = (torch.Tensor.uniform_, torch.Tensor.normal_)
+
+
 class _DrawFrom(TorchFunctionMode):
     """Within it, this thread draws random numbers from this generator, not from torch's global one."""
 
-    _DRAWS = frozenset({torch.rand, torch.randint, torch.randn, torch.randperm, torch.Tensor.uniform_})
+    _DRAWS = frozenset({torch.rand, torch.randint, torch.randn, torch.randperm, *_FILLS})
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()

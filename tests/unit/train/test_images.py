@@ -130,6 +130,11 @@ def test_lazily_read_images_train_bit_identically(timm_config, data, alone, tmp_
     assert 0 < result.input_seconds < result.seconds
 
 
+def test_the_reported_rate_is_that_of_the_heads(timm_config, data, alone):
+    record = alone(timm_config(optimizer=SGDConfig(lr=1e-3, layer_decay=0.5)), data)
+    assert record["outcome"].metrics["lr"] == 1e-3
+
+
 def test_bf16_is_near_fp32(timm_config, data, alone):
     exact, near = (
         alone(timm_config("test_vit", precision=precision), data)["outcome"].metrics["train/loss"]
