@@ -6,12 +6,15 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hiertune._problems import Problems, nearest, origin_of
 from hiertune._yaml import Key
 from hiertune.config import (
     ASHAConfig,
+    AugmentConfig,
+    BackboneConfig,
     FixedConfig,
     GradNormConfig,
     IdentityConfig,
@@ -21,10 +24,12 @@ from hiertune.config import (
     MLPConfig,
     NoMixConfig,
     TaxonomySmoothingConfig,
+    TimmConfig,
     TrialConfig,
     UnknownOutcomeConfig,
 )
-from hiertune.space import Resolved, Space
+from hiertune.errors import InputError
+from hiertune.space import Resolved, Space, located
 
 if TYPE_CHECKING:
     from hiertune.data import HierarchicalDataset
@@ -79,6 +84,9 @@ def check_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -
     _check_shared_layer(corners, problems)
     _check_mix(corners, dataset, problems)
     _check_gradnorm_interval(corners, problems)
+    _check_layer_decay(corners, problems)
+    folder = target.folder if isinstance(target, Space) else Path()
+    _check_images(corners, folder, dataset.inputs.shape[1:], problems)
     _check_device(corners, gpu, problems)
     problems.raise_any()
 
@@ -205,12 +213,21 @@ def _has_batch_norm(config: TrialConfig) -> bool:
 
 
 def _check_shared_layer(corners: list[Resolved], problems: Problems) -> None:
-    bare = _first(corners, lambda config: isinstance(config.model.backbone, IdentityConfig))
+    bare = _first(corners, lambda config: _without_layers(config.model.backbone) is not None)
     for place in ("last_layer", "backbone"):
         weighed = _first(corners, functools.partial(_measures, place))
         if bare and weighed:
-            problem = f"'{place}' needs a shared layer, and the identity backbone has none"
+            what = _without_layers(bare.config.model.backbone)
+            problem = f"'{place}' needs a shared layer, and {what} has none"
             _add(problems, weighed, ("weighting", "at"), problem, "features; or another backbone")
+
+
+def _without_layers(backbone: BackboneConfig) -> str | None:
+    """What to call a backbone that has no layers to train; None for others."""
+    if isinstance(backbone, IdentityConfig):
+        return "the identity backbone"
+    frozen = isinstance(backbone, TimmConfig) and backbone.frozen and not backbone.hidden
+    return "a frozen backbone without hidden layers" if frozen else None
 
 
 def _measures(place: str, config: TrialConfig) -> bool:
@@ -264,6 +281,74 @@ def warnings_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset
 def _placed(at: Resolved, key: Key, text: str) -> str:
     origin = origin_of(at.origins, key)
     return f"{'.'.join(map(str, key))}{f' (line {origin.line})' if origin else ''}: {text}"
+
+
+def _check_layer_decay(corners: list[Resolved], problems: Problems) -> None:
+    other = _first(corners, lambda config: not isinstance(config.model.backbone, TimmConfig))
+    decayed = _first(corners, lambda config: config.optimizer.layer_decay < 1)
+    if other and decayed:
+        kind = other.config.model.backbone.kind
+        problem = f"{decayed.config.optimizer.layer_decay} is for timm backbones, and this one can be {kind}"
+        _add(problems, decayed, ("optimizer", "layer_decay"), problem, "1; or only timm backbones")
+
+
+def _check_images(corners: list[Resolved], folder: Path, shape: tuple[int, ...], problems: Problems) -> None:
+    """Every timm backbone is built once, with its weights: they may not be had, or not fit."""
+    checked = set()
+    least = min(corners, key=lambda corner: corner.config.train.batch_size)
+    for corner in corners:
+        backbone = located(corner.config, folder).model.backbone
+        if not isinstance(backbone, TimmConfig):
+            continue
+        _check_augmentation(corner, backbone.augment, shape, problems)
+        built = TimmConfig(
+            name=backbone.name,
+            pretrained=backbone.pretrained,
+            weights=backbone.weights,
+            image_size=backbone.image_size,
+            drop_path=0.1 if backbone.drop_path > 0 else 0.0,
+            frozen=backbone.frozen,
+        ).model_dump_json()
+        if built in checked:
+            continue
+        checked.add(built)
+        try:
+            normed = _uses_batch_statistics(TimmConfig.model_validate_json(built), shape)
+        except InputError as error:
+            problem = f"{error.file}: {error.problem}" if error.file else error.problem
+            key = tuple((error.key or "model.backbone").split("."))
+            _add(problems, corner, key, problem, error.allowed or "")
+            continue
+        if normed and least.config.train.batch_size == 1:
+            problem = f"a batch of one row has no batch statistics, which {backbone.name} needs"
+            allowed = "a whole number of at least 2; or another backbone, or a frozen one"
+            _add(problems, least, ("train", "batch_size"), problem, allowed)
+
+
+def _uses_batch_statistics(backbone: TimmConfig, shape: tuple[int, ...]) -> bool:
+    """Whether its training does. Raises InputError for what cannot be built."""
+    import torch
+
+    from hiertune.models.timm_backbone import TimmBackbone
+    from hiertune.train.batch_norm import uses_batch_statistics
+
+    with torch.random.fork_rng(devices=[]):
+        return uses_batch_statistics(TimmBackbone(shape, backbone))
+
+
+def _check_augmentation(
+    corner: Resolved, augment: AugmentConfig, shape: tuple[int, ...], problems: Problems
+) -> None:
+    if len(shape) != 3 or shape[2] in (1, 3):
+        return
+    section = ("model", "backbone", "augment")
+    allowed = "images of 1 or 3 channels; crop_scale, flip and erasing take any"
+    if augment.policy != "none":
+        problem = f"'{augment.policy}' knows no images of {shape[2]} channels"
+        _add(problems, corner, (*section, "policy"), problem, allowed)
+    if augment.color_jitter > 0:
+        problem = f"{augment.color_jitter} is for colours, and these images have {shape[2]} channels"
+        _add(problems, corner, (*section, "color_jitter"), problem, allowed)
 
 
 def _check_device(corners: list[Resolved], gpu: bool, problems: Problems) -> None:

@@ -72,7 +72,8 @@ class AugmentConfig(Config):
     """Random changes of training images; what a row gets depends on seed, epoch and row alone."""
 
     crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
-    """Bounds of the share of the image's area that is cut out and resized; [1, 1] cuts nothing."""
+    """Bounds of the share of the image's area that is cut out, at 3:4 to 4:3 of its width to its height,
+    and resized; [1, 1] cuts nothing."""
     flip: Fraction = 0.0
     """Probability of mirroring left and right."""
     color_jitter: NonNegative = 0.0
@@ -100,18 +101,19 @@ class TimmConfig(Config):
     name: str
     """A model of timm's (`timm.list_models()`), such as `resnet18` or `vit_small_patch16_224.dino`."""
     pretrained: bool = False
-    """Start from the weights that timm downloads for this name."""
+    """Start from the weights that timm has for this name: from its cache, or downloaded."""
     weights: str | None = None
-    """Start from the weights in this file (.safetensors, or .pth of tensors only), instead of timm's."""
+    """Start from the weights in this file (.safetensors, or .pth of tensors only; a relative path starts
+    in the folder of the space file), instead of timm's. A classifier in it is left out."""
     image_size: PositiveInt | None = None
     """Height and width that images are resized to; by default what the model was trained with."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the pooled features."""
+    """Dropout on the pooled features, and after each of the `hidden` layers."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability of skipping a residual branch, where the model has such."""
     frozen: bool = False
-    """Train only what follows the backbone. Without augmentation its features are computed once per
-    data set, and all trials of a search train on them."""
+    """Train only what follows the backbone. Without augmentation and cutmix its features are computed once
+    per data set, and all trials of a search train on them (mixup then mixes features, not images)."""
     hidden: list[PositiveInt] = []
     """Widths of further layers (linear, ReLU, dropout) between the pooled features and the heads."""
     feature_length: NonNegative = 0.0
@@ -119,6 +121,12 @@ class TimmConfig(Config):
     channels_last: bool = True
     """Memory format of the images: the faster one for convolutions."""
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self):
+        if self.pretrained and self.weights is not None:
+            raise ValueError("weights come from timm (pretrained) or from a file (weights), not both")
+        return self
 
 
 class IdentityConfig(Config):
@@ -443,7 +451,8 @@ class AdamWConfig(Config):
     weight_decay: NonNegative = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it."""
+    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it. What follows
+    the backbone has the full rate."""
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -458,7 +467,8 @@ class SGDConfig(Config):
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it."""
+    """Learning rate of each layer of a timm backbone, as a share of that of the layer after it. What follows
+    the backbone has the full rate."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self):

@@ -60,7 +60,10 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # copies, because safetensors refuses tensors that share memory (layers that a model uses twice)
+    state = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()
+    }
     weights = safetensors.torch.save(state)
     description = {
         "format": _FORMAT,
@@ -337,7 +340,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
         rule = _rule(description)
         outcomes = [taxonomy.levels[taxonomy.level_index(level)] for level in description["outcomes"]]
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced: spare the caller's state
-            model = build_model(config.model, taxonomy, input_shape, None)
+            model = build_model(config.model, taxonomy, input_shape, None, load_weights=False)
         model.load_state_dict(safetensors.torch.load(weights))
     except (
         KeyError,

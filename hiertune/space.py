@@ -44,7 +44,7 @@ from hiertune._tree import (
     without_distributions,
 )
 from hiertune._yaml import Key, Node, Scalar, dump_yaml, key_text, parse_yaml, read_yaml, show, shown_key
-from hiertune.config import Config, DataConfig, SearchConfig, TrialConfig
+from hiertune.config import Config, DataConfig, SearchConfig, TimmConfig, TrialConfig
 from hiertune.errors import InputError
 
 __all__ = [
@@ -58,8 +58,24 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_space",
+    "located",
     "parse_space",
 ]
+
+
+def located(config: TrialConfig, folder: Path) -> TrialConfig:
+    """`config` with its paths, which start in `folder`, made absolute."""
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    data, model = config.data, config.model
+    if not data.path.startswith("builtin:"):
+        data = data.model_copy(update={"path": absolute(data.path)})
+    if isinstance(model.backbone, TimmConfig) and model.backbone.weights is not None:
+        weights = absolute(model.backbone.weights)
+        model = model.model_copy(update={"backbone": model.backbone.model_copy(update={"weights": weights})})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 @dataclass(frozen=True)

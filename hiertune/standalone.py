@@ -13,7 +13,7 @@ from hiertune.check import check_with_data, warnings_with_data
 from hiertune.data import open_dataset
 from hiertune.errors import InputError
 from hiertune.export import save_trained
-from hiertune.space import load_config
+from hiertune.space import load_config, located
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
 
@@ -25,10 +25,10 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
     every epoch. An interrupted training goes on from its checkpoint. Raises InputError, also when
     `out` holds a trained model already.
     """
-    config = load_config(file)
+    config = located(load_config(file), file.parent)
     if (out / "metrics.json").exists():
         raise InputError(f"there is a trained model in {out} already", allowed="another --out")
-    data = open_dataset(config.data, file.parent)
+    data = open_dataset(config.data)
     check_with_data(config, data)
     for text in warnings_with_data(config, data):
         console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,11 +97,16 @@ class Hdf5Inputs:
         self._buffer: _BlockBuffer | None = None
         self._stored: h5py.Dataset | None = None
         self._pid = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def rows(self, indices: np.ndarray) -> torch.Tensor:
+        with self._lock:  # a thread may still be reading ahead for a trial that failed
+            return self._gather(indices)
+
+    def _gather(self, indices: np.ndarray) -> torch.Tensor:
         if self._buffer is None:
             self._buffer = _BlockBuffer(self)
         numbers = self._buffer.held_first(np.unique(indices // self.block_rows))
@@ -147,7 +153,13 @@ class Hdf5Inputs:
         return MemoryInputs(torch.from_numpy(values))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_stored": None, "_buffer": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {
+            "_stored": None,
+            "_buffer": None,
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
 
 class _BlockBuffer:

@@ -6,9 +6,10 @@ import math
 
 from torch import Tensor, nn
 
-from hiertune.config import IdentityConfig, MLPConfig, ModelConfig
+from hiertune.config import IdentityConfig, MLPConfig, ModelConfig, TimmConfig
 from hiertune.models.backbones import MLP, Identity, Standardization
 from hiertune.models.head import HierarchicalHead
+from hiertune.models.timm_backbone import TimmBackbone
 from hiertune.taxonomy import Taxonomy
 
 
@@ -49,21 +50,25 @@ def build_model(
     taxonomy: Taxonomy,
     input_shape: tuple[int, ...],
     standardization: Standardization | None,
+    *,
+    load_weights: bool = True,
 ) -> HierarchicalClassifier:
     """The model of `config`, with fresh weights from torch's current random state.
 
-    `input_shape` is that of one row: `(D,)`, or `(H, W, C)` for images, which are flattened.
-    `standardization` is read only if the backbone standardises; None leaves the inputs as they are
-    until a state dict is loaded.
+    `input_shape` is that of one row: `(D,)`, or `(H, W, C)` for images, which all backbones but timm's
+    flatten. `standardization` is read only if the backbone standardises; None leaves the inputs as they
+    are until a state dict is loaded. `load_weights=False` leaves the weights that the config names
+    (`pretrained`, `weights`) alone, for a model whose state dict is loaded next.
     """
     in_features = math.prod(input_shape)
-    backbone: MLP | Identity
-    if isinstance(config.backbone, MLPConfig):
-        backbone = MLP(in_features, config.backbone, standardization)
-    elif isinstance(config.backbone, IdentityConfig):
-        backbone = Identity(in_features, config.backbone, standardization)
-    else:
-        raise NotImplementedError(config.backbone.kind)
+    backbone: MLP | Identity | TimmBackbone
+    match config.backbone:
+        case MLPConfig():
+            backbone = MLP(in_features, config.backbone, standardization)
+        case IdentityConfig():
+            backbone = Identity(in_features, config.backbone, standardization)
+        case TimmConfig():
+            backbone = TimmBackbone(input_shape, config.backbone, load_weights=load_weights)
     # the head's settings bear the names of its arguments
     head = HierarchicalHead(backbone.out_features, taxonomy, **config.head.model_dump())
     return HierarchicalClassifier(backbone, head)

@@ -15,7 +15,7 @@ from hiertune.config import GridConfig, SearchConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
 from hiertune.search.outputs import RunFolder
-from hiertune.space import Space, load_space
+from hiertune.space import Space, load_space, located
 from hiertune.tracking import check_uri, resolve_uri
 
 if TYPE_CHECKING:
@@ -51,14 +51,8 @@ class SearchPlan:
         return ("train", "val") if self.config.search.refit else ("train",)
 
     def located(self, config: TrialConfig) -> TrialConfig:
-        """`config` with the data's path made absolute: workers run in other folders."""
-        path = locate(config.data.path, self.space.folder)
-        return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
-
-
-def locate(path: str, folder: Path) -> str:
-    """A data path of a file in `folder`, made absolute."""
-    return path if path.startswith("builtin:") else str((folder / path).resolve())
+        """`config` with absolute paths: workers run in other folders."""
+        return located(config, self.space.folder)
 
 
 def plan_search(

@@ -124,5 +124,5 @@ def _metrics(result: dict) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in result.items()
-        if key.startswith(own) or key in ("lr", "epoch_seconds")
+        if key.startswith(own) or key in ("lr", "epoch_seconds", "input_seconds")
     }

@@ -33,6 +33,7 @@ class TrialActor(tune.Trainable):
                     **result.metrics,
                     "state": "completed" if result.last else "running",
                     "epoch_seconds": result.seconds,
+                    "input_seconds": result.input_seconds,
                     "steps": result.steps,
                     "notes": result.notes,
                     "done": result.last,

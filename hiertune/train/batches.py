@@ -139,6 +139,9 @@ ORDER, FIRST_WORKER, MIXING, UNKNOWN = 0, 1, 2**31, 2**31 + 1
 first worker's."""
 
 
-def random_stream(seed: int, epoch: int, number: int) -> int:
-    """A seed for one use of randomness in one epoch, unrelated to those of other uses and epochs."""
-    return int(np.random.SeedSequence((seed, epoch, number)).generate_state(1, np.uint32)[0])
+def random_stream(seed: int, epoch: int, *number: int) -> int:
+    """A seed for one use of randomness in one epoch, unrelated to those of other uses and epochs.
+
+    The last number is not 0 where there are several: a sequence and its continuation by 0 are the same.
+    """
+    return int(np.random.SeedSequence((seed, epoch, *number)).generate_state(1, np.uint32)[0])

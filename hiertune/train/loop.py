@@ -73,7 +73,7 @@ def run_trial(
 
 
 def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | None) -> EpochResult:
-    start = time.perf_counter()
+    start, waited = time.perf_counter(), trial.seconds_waited
     metrics = trial.train_epoch()
     last = trial.epoch == trial.config.train.epochs
     if validate_on:
@@ -83,12 +83,15 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | N
         else:
             metrics |= trial.evaluate("val", rows)
     notes, trial.notes = trial.notes, ()
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=trial.device)
+    took = [time.perf_counter() - start, trial.seconds_waited - waited]
+    sums = trial.workers.sum(torch.tensor(took, dtype=torch.float64, device=trial.device))
+    seconds, input_seconds = (sums / trial.workers.size).tolist()
     return EpochResult(
         trial.epoch,
         metrics,
-        trial.workers.sum(seconds).item() / trial.workers.size,
+        seconds,
         trial.steps,
         last=last,
+        input_seconds=input_seconds,
         notes=notes,
     )

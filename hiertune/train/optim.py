@@ -4,14 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from hiertune.config import AdamWConfig, OptimizerConfig, ScheduleConfig
+from hiertune.models import HierarchicalClassifier
+from hiertune.models.timm_backbone import TimmBackbone
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def parameter_groups(model: HierarchicalClassifier, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The parameters that are trained, in groups that differ in `lr_scale`, a share of the learning rate.
+
+    With `layer_decay` d < 1 the n-th layer of a timm backbone, counted back from its last, has d**n; what
+    counts as a layer is said by timm (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022). All that
+    follows the backbone has 1, and is the last group.
+    """
+    groups: list[dict[str, Any]] = []
+    if config.layer_decay < 1 and isinstance(model.backbone, TimmBackbone):
+        groups = _layer_groups(model.backbone.body, config)
+    grouped = {parameter for group in groups for parameter in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in grouped]
+    return [*groups, {"params": rest, "lr_scale": 1.0}]
+
+
+def _layer_groups(body: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(
+        body, config.weight_decay, weight_decay_exclude_1d=False, layer_decay=config.layer_decay
+    )
+    for group in groups:  # timm's last layer is the classifier's; here the heads come after the backbone
+        group["lr_scale"] *= config.layer_decay
+    return groups
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
     """AdamW or SGD in torch's fused form: one kernel over all parameters, on CPU several times faster."""
     if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(

@@ -20,6 +20,8 @@ class EpochResult:
     """Optimiser steps since the trial began."""
     last: bool
     """No further epoch will follow unless the caller asks for another trial."""
+    input_seconds: float = 0.0
+    """The part of `seconds` in which the next batch was waited for, averaged alike."""
     notes: tuple[str, ...] = ()
     """Things worth a line in the log, said with the first epoch of a run only."""
 

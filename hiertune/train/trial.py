@@ -19,21 +19,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hiertune.config import NoMixConfig, TrainConfig, TrialConfig, UnknownOutcomeConfig
-from hiertune.data import HierarchicalDataset
+from hiertune.config import (
+    AugmentConfig,
+    NoMixConfig,
+    TimmConfig,
+    TrainConfig,
+    TrialConfig,
+    UnknownOutcomeConfig,
+)
+from hiertune.data import HierarchicalDataset, Inputs
 from hiertune.decoding import ValidationLogits
 from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models import HierarchicalClassifier, build_model
+from hiertune.models.timm_backbone import TimmBackbone, image_size
 from hiertune.taxonomy import Taxonomy
-from hiertune.train.batch_norm import has_batch_norm, synchronize_batch_norms
+from hiertune.train.augment import Augmentation
+from hiertune.train.batch_norm import synchronize_batch_norms, uses_batch_statistics
 from hiertune.train.batches import FIRST_WORKER, BatchPlan, Pass, Step, random_stream
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.features import fixed_features, uses_fixed_features
 from hiertune.train.feed import Feed
 from hiertune.train.logits import LogitCollector
 from hiertune.train.mixing import Mixing
-from hiertune.train.optim import build_optimizer, learning_rate_factor
+from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
 from hiertune.train.result import TrialFailed
 from hiertune.train.standardize import standardization
 from hiertune.train.unknown import UnknownLabels, outcome_levels, with_unknown
@@ -80,12 +90,13 @@ class Trial:
         taxonomy, self._labels = with_unknown(config.unknown, data)
         rows = data.rows(*fit_on)
         self.plan = _plan(config, data, rows)
-        self._feed = Feed(data.inputs, self._labels, device)
         self._losses = build_losses(config.loss, taxonomy).to(device)
         weights = class_weights(config.loss.class_weights, self._labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
 
         self.model = _build_model(config, data, taxonomy, fit_on).to(device)
+        self._feed = Feed(_fed(config, data, self.model, device), self._labels, device)
+        self._augmentation = _augmentation(config)
         self._weighting = build_weighting(
             config.weighting, taxonomy, self._labels[rows], self.model.backbone, device
         )
@@ -94,10 +105,15 @@ class Trial:
         self.notes = (note_on(unused),) if unused else ()
         """What is worth a line in the log, until it was said."""
         self._network = _distribute(self.model, self.workers, find_unused=bool(unused))
-        self._parameters = list(self.model.parameters())
-        self._optimizer = build_optimizer(config.optimizer, self._parameters)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(config.optimizer, parameter_groups(self.model, config.optimizer))
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.model.head.progress = self.plan.progress(0)
+
+    @property
+    def seconds_waited(self) -> float:
+        """Wall time in which this worker waited for batches, in all."""
+        return self._feed.seconds_waited
 
     # ------------------------------------------------------------------------------- training
 
@@ -120,7 +136,8 @@ class Trial:
 
     def _batches(self, passes: Sequence[Pass]) -> Iterator[tuple[Tensor, Targets]]:
         """What each pass trains on: inputs `[B, ...]`, mixed where it says so, and their targets."""
-        batches = self._feed.batches(each.reads for each in passes)
+        augment = self._augmentation.of_epoch(self.epoch) if self._augmentation else None
+        batches = self._feed.batches((each.reads for each in passes), augment)
         for each, (inputs, labels) in zip(passes, batches, strict=True):
             if each.hidden is not None:
                 labels = labels.masked_fill(torch.from_numpy(each.hidden).to(self.device), -1)
@@ -182,8 +199,7 @@ class Trial:
 
     def _update_parameters(self) -> None:
         factor = learning_rate_factor(self.config.schedule, self.steps, self.plan.total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
+        set_learning_rate(self._optimizer, self.config.optimizer.lr * factor)
         if self.config.train.grad_clip > 0:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self.config.train.grad_clip)
@@ -226,7 +242,7 @@ class Trial:
         metrics = {
             "train/loss": sum(of_levels),
             **dict(zip(names, of_levels, strict=True)),
-            "lr": self._optimizer.param_groups[0]["lr"],
+            "lr": self._optimizer.param_groups[-1]["lr"],  # of the heads
             **self._weighting.report(),
         }
         self._weighting.after_epoch(means)  # for the weights of the next one
@@ -340,12 +356,30 @@ def _build_model(
     return build_model(config.model, taxonomy, tuple(data.inputs.shape[1:]), statistics)
 
 
+def _fed(
+    config: TrialConfig, data: HierarchicalDataset, model: HierarchicalClassifier, device: torch.device
+) -> Inputs:
+    """What the model is fed with: the data's inputs, or what a frozen backbone always makes of them."""
+    if not uses_fixed_features(config):
+        return data.inputs
+    assert isinstance(model.backbone, TimmBackbone)
+    autocast = _autocast(config.train, device)
+    return fixed_features(data, model.backbone, config.train.precision, device, autocast)
+
+
+def _augmentation(config: TrialConfig) -> Augmentation | None:
+    backbone = config.model.backbone
+    if not isinstance(backbone, TimmConfig) or backbone.augment == AugmentConfig():
+        return None
+    return Augmentation(backbone.augment, config.train.seed, image_size(backbone))
+
+
 def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
-    if has_batch_norm(model) and plan.smallest_pass < 2:
+    if uses_batch_statistics(model) and plan.smallest_pass < 2:
         raise InputError(
             "batch normalisation needs at least two rows in every batch",
             key="train.batch_size",
-            allowed="2 or more, or another model.backbone.norm",
+            allowed="2 or more, or a model.backbone without it",
         )
 
 

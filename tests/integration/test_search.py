@@ -48,9 +48,8 @@ def rows_of(run):
 
 
 def without_times(rows):
-    return [
-        {key: value for key, value in row.items() if key not in ("seconds", "epoch_seconds")} for row in rows
-    ]
+    times = ("seconds", "epoch_seconds", "input_seconds")
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]
 
 
 def processes_of(folder):

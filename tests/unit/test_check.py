@@ -19,11 +19,13 @@ BASE = "name: t\ndata: {path: x.h5}\n"
 LEVELS = ("family", "genus")
 
 
-def dataset(train: int = 60, val: int = 20, test: int = 20) -> HierarchicalDataset:
+def dataset(
+    train: int = 60, val: int = 20, test: int = 20, row: tuple[int, ...] = (4,)
+) -> HierarchicalDataset:
     rows = train + val + test
     taxonomy = Taxonomy.from_parents(LEVELS, [[-1, -1], [0, 0, 1]])
     return HierarchicalDataset(
-        inputs=MemoryInputs(torch.zeros(rows, 4)),
+        inputs=MemoryInputs(torch.zeros(rows, *row)),
         labels=np.zeros((rows, 2), np.int64),
         ids=np.array([f"r{index}" for index in range(rows)], object),
         split=np.repeat(np.arange(3), [train, val, test]).astype(np.int8),
@@ -33,6 +35,8 @@ def dataset(train: int = 60, val: int = 20, test: int = 20) -> HierarchicalDatas
 
 
 DATA = dataset()
+IMAGES = dataset(row=(8, 8, 2))
+"""Of two channels, for the cases whose name begins with `image`."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +76,8 @@ def test_what_does_not_fit_the_data_is_one_message(tmp_path, case):
     path = tmp_path / "space.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        check_with_data(load_space(path), DATA)
-    assert str(caught.value) == message.replace("FILE", str(path))
+        check_with_data(load_space(path), IMAGES if case.startswith("image") else DATA)
+    assert str(caught.value) == message.replace("FILE", str(path)).replace("FOLDER", str(tmp_path))
 
 
 GOOD = [
@@ -97,6 +101,24 @@ GOOD = [
     f"{BASE}train: {{batch_size: 16, epochs: 1}}\nsearch: {{scheduler: {{kind: asha}}}}\n",
     f"{BASE}train: {{batch_size: 16, epochs: 3}}\nsearch: {{scheduler: {{kind: median, grace_epochs: 3}}}}\n",
 ]
+
+
+GOOD_WITH_IMAGES = [
+    f"{batches()}model:\n  backbone:\n    {{kind: timm, name: test_resnet, image_size: 32, frozen: true, "
+    "hidden: [4]}\n"
+    "weighting: {kind: gradnorm, at: last_layer}\n"
+    "optimizer: {kind: sgd, layer_decay: {uniform: [0.5, 1.0]}}\n",
+    f"{batches()}model:\n  backbone:\n    kind: timm\n    name: test_vit\n"
+    "    image_size: {choice: [32, 64]}\n"
+    "    augment: {crop_scale: [0.5, 1.0], flip: 0.5, erasing: 0.1}\n",
+]
+
+
+@pytest.mark.parametrize("text", GOOD_WITH_IMAGES)
+def test_what_fits_images_passes(text):
+    state = torch.get_rng_state()
+    check_with_data(parse_space(text), IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("text", GOOD)

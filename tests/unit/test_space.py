@@ -26,6 +26,7 @@ from hiertune.space import (
     json_schema,
     load_config,
     load_space,
+    located,
     parse_space,
 )
 
@@ -958,3 +959,15 @@ def test_reading_a_space_imports_nothing_heavy():
     file = SEARCH_SPACES / "linnaeus.yaml"
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_located_makes_the_paths_of_a_config_absolute(tmp_path):
+    space = parse_space(
+        "name: t\ndata: {path: x.h5}\nmodel: {backbone: {kind: timm, name: resnet18, weights: ../w.pth}}\n"
+    )
+    config = located(space.defaults(), tmp_path / "folder")
+    assert config.data.path == str(tmp_path / "folder" / "x.h5")
+    assert config.model.backbone.weights == str(tmp_path / "w.pth")
+    assert located(config, tmp_path / "elsewhere") == config
+    builtin = parse_space("name: t\ndata: {path: builtin:rrna16s}\n").defaults()
+    assert located(builtin, tmp_path) == builtin

@@ -7,8 +7,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiertune.config import AdamWConfig, ConstantConfig, CosineConfig, SGDConfig
-from hiertune.train.optim import build_optimizer, learning_rate_factor
+from hiertune.config import (
+    AdamWConfig,
+    ConstantConfig,
+    CosineConfig,
+    MLPConfig,
+    ModelConfig,
+    SGDConfig,
+    TimmConfig,
+)
+from hiertune.models import build_model
+from hiertune.taxonomy import Taxonomy
+from hiertune.train.optim import (
+    build_optimizer,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 def factors(config, total):
@@ -74,3 +89,64 @@ def train(make, steps=3):
 )
 def test_fused_equals_plain(config, plain):
     torch.testing.assert_close(train(lambda p: build_optimizer(config, p)), train(plain))
+
+
+# ------------------------------------------------------------------------------ layer-wise decay
+
+
+def model_of(backbone, shape=(16, 16, 3)):
+    taxonomy = Taxonomy.from_parents(["a", "b"], [[-1, -1], [0, 0, 1]])
+    return build_model(ModelConfig(backbone=backbone), taxonomy, shape, None)
+
+
+def scales(model, config):
+    """The share of the learning rate of every parameter, by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+
+def test_without_decay_there_is_one_group_in_the_model_s_order():
+    model = model_of(MLPConfig(hidden=[4]))
+    (group,) = parameter_groups(model, AdamWConfig())
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert group["lr_scale"] == 1.0
+
+
+def test_layers_of_a_transformer_decay_towards_the_input():
+    pytest.importorskip("timm")
+    model = model_of(TimmConfig(name="test_vit", image_size=32, hidden=[5]))
+    of = scales(model, AdamWConfig(layer_decay=0.5, weight_decay=0.3))
+    assert of.keys() == {name for name, _ in model.named_parameters()}
+    assert {of[name] for name in of if not name.startswith("backbone.body.")} == {1.0}
+    assert of["backbone.body.norm.weight"] == 0.5
+    blocks = [of[f"backbone.body.blocks.{i}.mlp.fc1.weight"] for i in range(6)]
+    assert blocks == [0.5**n for n in (6, 5, 4, 3, 2, 1)]
+    assert of["backbone.body.patch_embed.proj.weight"] == 0.5**7
+    groups = parameter_groups(model, AdamWConfig(layer_decay=0.5, weight_decay=0.3))
+    assert all(group.get("weight_decay", 0.3) == 0.3 for group in groups)
+    assert groups[-1]["lr_scale"] == 1.0
+
+
+def test_the_schedule_multiplies_each_group_s_own_peak():
+    pytest.importorskip("timm")
+    model = model_of(TimmConfig(name="test_resnet", image_size=32))
+    config = SGDConfig(lr=0.2, momentum=0.0, layer_decay=0.5)
+    optimizer = build_optimizer(config, parameter_groups(model, config))
+    set_learning_rate(optimizer, 0.1)
+    of = scales(model, config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] - 0.1 * of[name])
+    assert len(set(of.values())) > 4
+
+
+def test_frozen_backbones_are_in_no_group():
+    pytest.importorskip("timm")
+    model = model_of(TimmConfig(name="test_resnet", image_size=32, frozen=True))
+    assert set(scales(model, SGDConfig(layer_decay=0.5))) == {
+        name for name, _ in model.named_parameters() if name.startswith("head.")
+    }

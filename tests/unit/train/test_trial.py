@@ -24,7 +24,7 @@ from hiertune.config import (
     TaxonomySmoothingConfig,
     UncertaintyConfig,
 )
-from hiertune.data import HierarchicalDataset, MemoryInputs
+from hiertune.data import HierarchicalDataset
 from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.errors import InputError
 from hiertune.models import build_model
@@ -613,17 +613,3 @@ def test_interrupts_come_through(config, data):
 
     with pytest.raises(KeyboardInterrupt):
         run_trial(config(), data, interrupt)
-
-
-def test_prefetched_batches_are_the_same(data, monkeypatch):
-    """The way of inputs too large for a GPU, but for the pinning."""
-    from hiertune.train.feed import Feed
-
-    feed = Feed(data.inputs, data.labels, torch.device("cpu"))
-    monkeypatch.setattr(feed, "_pinned", data.inputs.rows)
-    shards = [np.array([3, 1]), np.array([], dtype=np.int64), np.array([5])]
-    for (x, y), rows in zip(feed._prefetched(shards), shards, strict=True):
-        assert torch.equal(x, data.inputs.rows(rows))
-        assert y.tolist() == data.labels[rows].tolist()
-    assert isinstance(data.inputs, MemoryInputs)
-    assert list(feed._prefetched([])) == []
