@@ -333,7 +333,9 @@ def _uses_batch_statistics(backbone: TimmConfig, shape: tuple[int, ...]) -> bool
     from hiertune.train.batch_norm import uses_batch_statistics
 
     with torch.random.fork_rng(devices=[]):
-        return uses_batch_statistics(TimmBackbone(shape, backbone))
+        built = TimmBackbone(shape, backbone)
+    built.check_images(shape)
+    return uses_batch_statistics(built)
 
 
 def _check_augmentation(

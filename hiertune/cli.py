@@ -99,7 +99,9 @@ def train(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder, such as runs/NAME/model.")],
-    inputs: Annotated[Path, typer.Argument(help=".h5, .fasta[.gz], .npy or .csv")],
+    inputs: Annotated[
+        Path, typer.Argument(help=".h5, .fasta[.gz], .npy, .csv; an image or a folder of them")
+    ],
     out: Annotated[Path | None, typer.Option(help="CSV file; by default the terminal.")] = None,
 ) -> None:
     """Name every row of a file at every level."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 WEIGHTS, DESCRIPTION, README = "model.safetensors", "model.json", "README.md"
 _FORMAT, _VERSION = "hiertune.model", 1
 _BLOCK_ROWS = 1024  # rows of a file that are held at once
+_BLOCK_IMAGES = 64
 
 # --------------------------------------------------------------------------------------- writing
 
@@ -142,6 +143,8 @@ def _readme(description: Mapping[str, Any]) -> str:
     classes = ", ".join(f"{level} ({count})" for level, count in description["classes"].items())
     shape = " x ".join(map(str, description["input_shape"]))
     kinds = ".h5, .npy, .csv"
+    if len(description["input_shape"]) == 3:
+        kinds = "a folder of images, an image, .h5, .npy"
     if description["kmer"] is not None:
         kinds = f".fasta, .fasta.gz, {kinds}"
     tested = {
@@ -397,8 +400,9 @@ def predict_file(folder: str | Path, source: str | Path, out: str | Path | None 
     """Write a CSV with one row per row of `source`, to `out` or to standard output.
 
     Columns: `id`; per level its name and `<level>_probability`; `path`, the finest prediction's names from
-    the top, joined by ";". `source` is a hiertune .h5, FASTA (for models of k-mers), .npy, or a .csv of
-    numbers with a header and, optionally, a column `id`.
+    the top, joined by ";". `source` is a hiertune .h5, FASTA (for models of k-mers), .npy, a .csv of
+    numbers with a header and, optionally, a column `id`, or (for models of images) an image file or a
+    folder of them, read as `import-images` reads them.
 
     Raises:
         InputError: a folder or file that can't be used; nothing is left at `out` then.
@@ -436,6 +440,8 @@ Block = tuple[list[str], np.ndarray | torch.Tensor]
 
 def _blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
     name = source.name.lower()
+    if len(predictor.input_shape) == 3 and (source.is_dir() or _is_image(source)):
+        return _image_blocks(source, predictor)
     if name.endswith((".h5", ".hdf5")):
         return _hdf5_blocks(source)
     if name.removesuffix(".gz").endswith((".fasta", ".fa", ".fna")):
@@ -448,7 +454,35 @@ def _blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
         return _npy_blocks(source)
     if name.endswith(".csv"):
         return _csv_blocks(source)
-    raise InputError("is of a kind that isn't known", file=source, allowed=".h5, .fasta[.gz], .npy, .csv")
+    kinds = [".h5", ".fasta[.gz]", ".npy", ".csv"]
+    if len(predictor.input_shape) == 3:
+        kinds = ["an image", "a folder of images", ".h5", ".npy"]
+    raise InputError("is of a kind that isn't known", file=source, allowed=", ".join(kinds))
+
+
+def _is_image(path: Path) -> bool:
+    from hiertune.data.importers.pixels import IMAGE_SUFFIXES
+
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _image_blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
+    from hiertune.data.importers.pixels import read_image
+
+    height, width, channels = predictor.input_shape
+    if channels != 3 or height != width:
+        shape = " x ".join(map(str, predictor.input_shape))
+        problem = f"the model takes images of {shape}, which image files are not resized to"
+        raise InputError(problem, file=source, allowed=".h5, .npy")
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(filter(_is_image, source.rglob("*")))
+    if not paths:
+        raise InputError("has no images", file=source)
+    for first in range(0, len(paths), _BLOCK_IMAGES):
+        block = paths[first : first + _BLOCK_IMAGES]
+        ids = [path.relative_to(source).as_posix() if path != source else path.name for path in block]
+        yield ids, np.stack([read_image(path, height) for path in block])
 
 
 def _hdf5_blocks(source: Path) -> Iterator[Block]:

@@ -87,6 +87,22 @@ class TimmBackbone(nn.Module):
         """Pooled features `[B, P]` of images."""
         return self.body(self.pixels(images))
 
+    @torch.no_grad()
+    def check_images(self, input_shape: tuple[int, ...]) -> None:
+        """Raise InputError if the model cannot take images of its size; one forward finds out."""
+        training = self.training
+        try:
+            self.eval()(torch.zeros(1, *input_shape, dtype=torch.uint8))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            problem = f"{self.name} cannot take images of {self.pixels.size} x {self.pixels.size}"
+            raise InputError(
+                f"{problem} ({_first_line(error)})",
+                key="model.backbone.image_size",
+                allowed="another size; or null, the one that it was made for",
+            ) from error
+        finally:
+            self.train(training)
+
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
         if self.frozen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from hiertune.config import CrossEntropyConfig, EqualConfig, LinearHeadConfig, T
 from hiertune.data import HierarchicalDataset
 from hiertune.data.nearest import nearest_neighbour_predictions
 from hiertune.decoding import AS_TRAINED, DecodingRule
-from hiertune.export import load_model
+from hiertune.export import Predictor, load_model
 from hiertune.metrics.predictions import prediction_metrics
 from hiertune.search.messages import Failed, Finished, Job
 from hiertune.search.pool import WorkerPool
@@ -23,6 +23,9 @@ from hiertune.taxonomy import Taxonomy
 
 DECODED = "winner_decoded"
 """Label of the winner's model with its logits decoded by the chosen rule."""
+
+
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,25 @@ def _contenders(
     if isinstance(ending, Failed):
         raise RuntimeError(f"training of {label} failed: {ending.reason}")
     metrics = {name: value for name, value in ending.outcome.metrics.items() if name.startswith("test/")}
-    inputs = data.inputs.rows(data.rows("test"))
     model = load_model(folder / "model")
-    as_trained, *decoded = model.predict_by([AS_TRAINED, *rules.values()], inputs)
+    as_trained, *decoded = _predicted(model, [AS_TRAINED, *rules.values()], data)
     return [
-        Contender(label, metrics, as_trained.labels),
+        Contender(label, metrics, as_trained),
         *(
-            _judged(name, prediction.labels, model.taxonomy, data, fit_on)
-            for name, prediction in zip(rules, decoded, strict=True)
+            _judged(name, predictions, model.taxonomy, data, fit_on)
+            for name, predictions in zip(rules, decoded, strict=True)
         ),
     ]
+
+
+def _predicted(
+    model: Predictor, rules: Sequence[DecodingRule], data: HierarchicalDataset
+) -> list[np.ndarray]:
+    """By each rule int64 [test rows, L]; not all inputs are held at once."""
+    rows = data.rows("test")
+    blocks = np.split(rows, range(_BLOCK_ROWS, len(rows), _BLOCK_ROWS))
+    of_blocks = [model.predict_by(rules, data.inputs.rows(block)) for block in blocks]
+    return [np.concatenate([block.labels for block in of_rule]) for of_rule in zip(*of_blocks, strict=True)]
 
 
 def _judged(

@@ -37,7 +37,7 @@ class Augmentation:
 
         def augment(images: Tensor, rows: np.ndarray) -> Tensor:
             transform = self._transform(*images.shape[1:3])
-            changed = images.new_empty((len(images), *self._output_size(*images.shape[1:3]), images.shape[3]))
+            changed = images.new_empty((len(images), *self.output_size(*images.shape[1:3]), images.shape[3]))
             for place, row in enumerate(rows.tolist()):
                 generator = torch.Generator().manual_seed(random_stream(self._seed, epoch, row, _STREAM))
                 with _DrawFrom(generator):
@@ -50,7 +50,8 @@ class Augmentation:
     def _crops(self) -> bool:
         return self._config.crop_scale != (1.0, 1.0)
 
-    def _output_size(self, height: int, width: int) -> tuple[int, int]:
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of changed images, from those of the data's."""
         if not self._crops:
             return height, width
         return min(height, self._image_size), min(width, self._image_size)
@@ -66,7 +67,7 @@ class Augmentation:
         }
         changes: list[torch.nn.Module] = []
         if self._crops:
-            size = self._output_size(height, width)
+            size = self.output_size(height, width)
             changes.append(v2.RandomResizedCrop(size, scale=config.crop_scale, antialias=True))
         if config.flip > 0:
             changes.append(v2.RandomHorizontalFlip(config.flip))

@@ -89,14 +89,14 @@ class Trial:
 
         taxonomy, self._labels = with_unknown(config.unknown, data)
         rows = data.rows(*fit_on)
-        self.plan = _plan(config, data, rows)
+        self._augmentation = _augmentation(config)
+        self.plan = _plan(config, data, rows, self._augmentation)
         self._losses = build_losses(config.loss, taxonomy).to(device)
         weights = class_weights(config.loss.class_weights, self._labels[rows], taxonomy)
         self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
 
         self.model = _build_model(config, data, taxonomy, fit_on).to(device)
         self._feed = Feed(_fed(config, data, self.model, device), self._labels, device)
-        self._augmentation = _augmentation(config)
         self._weighting = build_weighting(
             config.weighting, taxonomy, self._labels[rows], self.model.backbone, device
         )
@@ -337,10 +337,15 @@ class Trial:
         return hashlib.sha256(f"{config} {self.data.fingerprint} {self.fit_on}".encode()).hexdigest()
 
 
-def _plan(config: TrialConfig, data: HierarchicalDataset, rows: np.ndarray) -> BatchPlan:
+def _plan(
+    config: TrialConfig, data: HierarchicalDataset, rows: np.ndarray, augmentation: Augmentation | None
+) -> BatchPlan:
     train, mixing, unknown = config.train, None, None
     if not isinstance(config.mix, NoMixConfig):
-        mixing = Mixing(config.mix, data.taxonomy, data.labels, rows, tuple(data.inputs.shape[1:]))
+        shape = tuple(data.inputs.shape[1:])
+        if augmentation is not None:  # rows are mixed after it
+            shape = (*augmentation.output_size(*shape[:2]), *shape[2:])
+        mixing = Mixing(config.mix, data.taxonomy, data.labels, rows, shape)
     if isinstance(config.unknown, UnknownOutcomeConfig):
         unknown = UnknownLabels(config.unknown, data)
     return BatchPlan(

@@ -6,6 +6,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from hiertune.config import (
 from hiertune.data import open_dataset, write_dataset
 from hiertune.data.dataset import DataConfig
 from hiertune.errors import InputError
-from hiertune.export import load_model, save_trained
+from hiertune.export import load_model, predict_file, save_trained
 from hiertune.models import build_model
 from hiertune.train import features
 from hiertune.train.loop import run_trial
@@ -77,6 +78,16 @@ CASES = {
         "test_resnet",
         {"frozen": True, "hidden": [8], "augment": AUGMENT},
         {"weighting": GradNormConfig(interval=1, at="last_layer")},
+    ),
+    "cutmix of cropped images, accumulated": (
+        "test_resnet",
+        {"augment": AUGMENT, "image_size": 12},
+        {"mix": CutmixConfig(min_group_size=2), "accumulation": 2},
+    ),
+    "mixup, gradnorm at the backbone": (
+        "test_resnet",
+        {},
+        {"mix": MixupConfig(min_group_size=2), "weighting": GradNormConfig(interval=1, at="backbone")},
     ),
     "cached features": ("test_resnet", {"frozen": True}, {"weighting": GradNormConfig(interval=1)}),
 }
@@ -283,3 +294,28 @@ def test_exported_models_predict_from_images(timm_config, data, tmp_path, frozen
         expected = models[0](images)
     for level, probabilities in predictor.probabilities(images).items():
         torch.testing.assert_close(torch.from_numpy(probabilities), expected[level].softmax(1))
+
+
+def test_image_files_are_named_as_their_pixels_are(timm_config, data, tmp_path, alone):
+    from PIL import Image
+
+    settings = timm_config()
+    run_trial(
+        settings,
+        data,
+        lambda result: None,
+        finish=lambda model: save_trained(tmp_path / "model", model, settings, data),
+    )
+    (tmp_path / "photos" / "below").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.png", "below/c.PNG"]):
+        Image.fromarray(data.inputs.tensor[number].numpy()).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    predict_file(tmp_path / "model", tmp_path / "photos", tmp_path / "names.csv")
+    names = pd.read_csv(tmp_path / "names.csv")
+    assert names["id"].tolist() == ["a.png", "b.png", "below/c.PNG"]
+    expected = load_model(tmp_path / "model").predict(data.inputs.tensor[[1, 0, 2]])
+    assert list(names[list(data.levels)].itertuples(index=False, name=None)) == expected.names
+    predict_file(tmp_path / "model", tmp_path / "photos" / "b.png", tmp_path / "one.csv")
+    assert pd.read_csv(tmp_path / "one.csv")["id"].tolist() == ["b.png"]
+    with pytest.raises(InputError, match="has no images"):
+        predict_file(tmp_path / "model", tmp_path / "model")
