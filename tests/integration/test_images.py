@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from hiertune.config import (
     AdamWConfig,
@@ -16,6 +20,7 @@ from hiertune.config import (
     TrainConfig,
     TrialConfig,
 )
+from hiertune.data import write_dataset
 from hiertune.train.loop import run_trial
 
 pytest.importorskip("timm")
@@ -59,3 +64,51 @@ def test_the_mean_colour_of_an_image_tells_nothing(shape_images):
     assert (means - 127).abs().max() < 3
     of_class = [means[data.labels[:, 2] == c].mean(0) for c in range(data.taxonomy.num_classes[2])]
     assert all((mean - means.mean(0)).abs().max() < 0.5 for mean in of_class)
+
+
+SPACE = """
+name: shapes
+data: {path: images.h5}
+model:
+  backbone: {kind: timm, name: test_resnet, weights: body.pth, image_size: 32, frozen: true, hidden: [32]}
+  head: {choice: [{kind: linear}, {kind: path_softmax}]}
+loss: {kind: cross_entropy}
+optimizer: {kind: adamw, lr: {loguniform: [3.0e-3, 3.0e-2]}}
+train: {epochs: 4, batch_size: 64}
+search: {trials: 3, workers_per_trial: 2, scheduler: {kind: none}, sampler: {kind: random}}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_on_a_frozen_backbone_computes_its_features_once(
+    hiertune, shape_images, tmp_path, monkeypatch
+):
+    import timm
+    from PIL import Image
+
+    data = shape_images(500)
+    images = data.inputs.tensor.numpy()
+    write_dataset(tmp_path / "images.h5", images, data.labels, data.taxonomy, data.ids, data.split)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "body.pth")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.setenv("HIERTUNE_CACHE", str(tmp_path / "cache"))
+    done = hiertune("search", "space.yaml", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 1
+    summary = json.loads((tmp_path / "runs" / "shapes" / "summary.json").read_text())
+    assert summary["trials"] == {"completed": 3}
+    assert {"flat", "flat_crm"} == set(summary["controls"])
+
+    # the model that is left names image files, with neither the weights file nor the cache
+    (tmp_path / "body.pth").unlink()
+    (tmp_path / "photos").mkdir()
+    rows = data.rows("test")
+    for row in rows:
+        Image.fromarray(images[row]).save(tmp_path / "photos" / f"{row:04}.png")
+    assert hiertune("predict", "runs/shapes/model", "photos", "--out", "names.csv").returncode == 0
+    names = pd.read_csv(tmp_path / "names.csv")
+    finest = data.levels[-1]
+    truth = [data.taxonomy.names[-1][label] for label in data.labels[rows, -1]]
+    right = np.mean(names[finest] == truth)
+    assert right == pytest.approx(summary["winner"]["metrics"][f"test/accuracy/{finest}"], abs=1e-9)
