@@ -284,12 +284,26 @@ def _placed(at: Resolved, key: Key, text: str) -> str:
 
 
 def _check_layer_decay(corners: list[Resolved], problems: Problems) -> None:
-    other = _first(corners, lambda config: not isinstance(config.model.backbone, TimmConfig))
+    other = _first(corners, lambda config: not _is_trained_timm(config.model.backbone))
     decayed = _first(corners, lambda config: config.optimizer.layer_decay < 1)
     if other and decayed:
-        kind = other.config.model.backbone.kind
+        kind = (
+            "frozen"
+            if isinstance(other.config.model.backbone, TimmConfig)
+            else other.config.model.backbone.kind
+        )
         problem = f"{decayed.config.optimizer.layer_decay} is for timm backbones, and this one can be {kind}"
-        _add(problems, decayed, ("optimizer", "layer_decay"), problem, "1; or only timm backbones")
+        _add(
+            problems,
+            decayed,
+            ("optimizer", "layer_decay"),
+            problem,
+            "1; or only timm backbones that are trained",
+        )
+
+
+def _is_trained_timm(backbone: BackboneConfig) -> bool:
+    return isinstance(backbone, TimmConfig) and not backbone.frozen
 
 
 def _check_images(corners: list[Resolved], folder: Path, shape: tuple[int, ...], problems: Problems) -> None:
@@ -334,7 +348,7 @@ def _uses_batch_statistics(backbone: TimmConfig, shape: tuple[int, ...]) -> bool
 
     with torch.random.fork_rng(devices=[]):
         built = TimmBackbone(shape, backbone)
-    built.check_images(shape)
+    built.check_images()
     return uses_batch_statistics(built)
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
@@ -244,7 +245,8 @@ class TaxonomySmoothingConfig(Config):
     beta: NonNegative = 1.0
     """How fast it falls with the distance in the taxonomy: exp(-beta * distance)."""
     uniform_roots: bool = True
-    """Classes without a parent spread their mass evenly over all others."""
+    """Classes without a parent spread their mass evenly over all others. As they have no relatives, they do
+    so either way: the switch is there for Linnaeus' sake, and changes nothing."""
     fallback_to_uniform: bool = True
     """Levels where no class has a parent are smoothed evenly; off: not at all."""
     clade_share: Fraction = 1.0
@@ -431,7 +433,8 @@ class MaskUnknownConfig(Config):
 
 class UnknownOutcomeConfig(Config):
     kind: Literal["outcome"] = "outcome"
-    """Levels with unknown labels get one more outcome, "unknown", to be predicted like a class."""
+    """Levels with unknown labels get one more outcome, "unknown", to be predicted like a class. To say it of
+    a known row is a mistake in all metrics, of which accuracy and distance look at known rows only."""
     levels: list[str] | None = None
     """Which levels; by default all that have unknown labels in training."""
     masked: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -449,7 +452,7 @@ class AdamWConfig(Config):
     kind: Literal["adamw"] = "adamw"
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Learning rate of each layer of a timm backbone, as a share of that of the layer after it. What follows
     the backbone has the full rate."""

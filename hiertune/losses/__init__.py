@@ -5,7 +5,7 @@ one place that masks unknown labels, applies class weights and divides.
 """
 
 from hiertune.losses.build import build_losses
-from hiertune.losses.class_weights import class_weights, label_density
+from hiertune.losses.class_weights import class_weights
 from hiertune.losses.cross_entropy import CrossEntropy
 from hiertune.losses.reduce import MixedLabels, level_losses
 from hiertune.losses.target_row import TargetRow, target_row
@@ -18,7 +18,6 @@ __all__ = [
     "TaxonomySmoothing",
     "build_losses",
     "class_weights",
-    "label_density",
     "level_losses",
     "target_row",
 ]

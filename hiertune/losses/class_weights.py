@@ -36,11 +36,6 @@ def class_weights(
     return weights
 
 
-def label_density(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Share `[L]` of the rows of labels `[N, L]` that are known at each level; 0 where there are no rows."""
-    return (labels >= 0).sum(axis=0) / max(len(labels), 1)
-
-
 def _weights(config: ClassWeightsConfig, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     weights = np.ones(len(counts))
     seen = counts > 0

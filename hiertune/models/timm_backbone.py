@@ -16,6 +16,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hiertune._problems import nearest
 from hiertune.config import TimmConfig
@@ -49,6 +50,7 @@ class TimmBackbone(nn.Module):
             allowed = "mlp, identity; or data with inputs [rows, height, width, channels]"
             raise InputError(problem, key="model.backbone.kind", allowed=allowed)
         channels = input_shape[-1]
+        self._input_shape, self._config = input_shape, config
         self.name = config.name
         self.frozen = config.frozen
         self.body = _create(channels, config, load_weights)
@@ -85,23 +87,47 @@ class TimmBackbone(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """Pooled features `[B, P]` of images."""
-        return self.body(self.pixels(images))
+        if len(images) or self._normed:
+            return self.body(self.pixels(images))
+        # a worker may have no rows, and attention cannot do without: a row that counts for nothing
+        return self.body(self.pixels(images.new_zeros(1, *images.shape[1:])))[:0]
 
-    @torch.no_grad()
-    def check_images(self, input_shape: tuple[int, ...]) -> None:
+    def with_classifier(self) -> nn.Module:
+        """timm's model of the same settings with a classifier of one class, and fresh weights."""
+        return _create(self._input_shape[-1], self._config, load_weights=False, num_classes=1)
+
+    @property
+    def takes_no_rows(self) -> bool:
+        """Whether a batch may be empty in training. Attention needs a row, batch norm forbids to add one."""
+        return not self._normed or self._failure_on(0) is None
+
+    @property
+    def _normed(self) -> bool:
+        """Whether batch statistics are used."""
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.body.modules())
+
+    def check_images(self) -> None:
         """Raise InputError if the model cannot take images of its size; one forward finds out."""
-        training = self.training
-        try:
-            self.eval()(torch.zeros(1, *input_shape, dtype=torch.uint8))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            problem = f"{self.name} cannot take images of {self.pixels.size} x {self.pixels.size}"
+        if (failure := self._failure_on(1)) is not None:
             raise InputError(
-                f"{problem} ({_first_line(error)})",
+                f"{self.name} cannot take images of {self.pixels.size} x {self.pixels.size} "
+                f"({_first_line(failure)})",
                 key="model.backbone.image_size",
                 allowed="another size; or null, the one that it was made for",
-            ) from error
+            ) from failure
+
+    @torch.no_grad()
+    def _failure_on(self, rows: int) -> Exception | None:
+        """What is raised for so many images, in evaluation mode."""
+        training = self.training
+        images = torch.zeros(rows, *self._input_shape, dtype=torch.uint8, device=self.pixels.mean.device)
+        try:
+            self.eval().body(self.pixels(images))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return error
         finally:
             self.train(training)
+        return None
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
@@ -187,10 +213,10 @@ def _default_size(config: TimmConfig) -> int:
     return _timm().get_pretrained_cfg(config.name).input_size[-1]
 
 
-def _create(channels: int, config: TimmConfig, load_weights: bool) -> nn.Module:
+def _create(channels: int, config: TimmConfig, load_weights: bool, num_classes: int = 0) -> nn.Module:
     timm = _timm()
     _check_name(timm, config.name)
-    options: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
     if config.drop_path > 0:
         options["drop_path_rate"] = config.drop_path
     if config.image_size is not None and timm.get_pretrained_cfg(config.name).fixed_input_size:

@@ -17,27 +17,37 @@ from hiertune.models.timm_backbone import TimmBackbone
 def parameter_groups(model: HierarchicalClassifier, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The parameters that are trained, in groups that differ in `lr_scale`, a share of the learning rate.
 
-    With `layer_decay` d < 1 the n-th layer of a timm backbone, counted back from its last, has d**n; what
-    counts as a layer is said by timm (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022). All that
-    follows the backbone has 1, and is the last group.
+    With `layer_decay` d < 1 every parameter of a timm backbone has the share that timm gives it in a model
+    with a classifier: d**n in the n-th layer before it (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022).
+    All that follows the backbone has 1, and is the last group.
     """
     groups: list[dict[str, Any]] = []
     if config.layer_decay < 1 and isinstance(model.backbone, TimmBackbone):
-        groups = _layer_groups(model.backbone.body, config)
+        groups = _layer_groups(model.backbone, config)
     grouped = {parameter for group in groups for parameter in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and p not in grouped]
     return [*groups, {"params": rest, "lr_scale": 1.0}]
 
 
-def _layer_groups(body: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def _layer_groups(backbone: TimmBackbone, config: OptimizerConfig) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay
 
-    groups = param_groups_layer_decay(
-        body, config.weight_decay, weight_decay_exclude_1d=False, layer_decay=config.layer_decay
-    )
-    for group in groups:  # timm's last layer is the classifier's; here the heads come after the backbone
-        group["lr_scale"] *= config.layer_decay
-    return groups
+    def scales(model: nn.Module) -> dict[nn.Parameter, float]:
+        groups = param_groups_layer_decay(
+            model, weight_decay_exclude_1d=False, layer_decay=config.layer_decay
+        )
+        return {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+    # with its classifier, for timm counts layers from there; some models have other parameters in that layer
+    with torch.random.fork_rng(devices=[]):
+        whole = backbone.with_classifier()
+    of_whole = scales(whole)
+    scale_of_name = {name: of_whole[p] for name, p in whole.named_parameters() if p in of_whole}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in backbone.body.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(scale_of_name[name], []).append(parameter)
+    return [{"params": groups[scale], "lr_scale": scale} for scale in sorted(groups)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

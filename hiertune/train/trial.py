@@ -6,10 +6,12 @@ Shapes: B rows of this worker in one forward pass, L levels, C_l classes of leve
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,34 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hiertune.config import (
-    AugmentConfig,
-    NoMixConfig,
-    TimmConfig,
-    TrainConfig,
-    TrialConfig,
-    UnknownOutcomeConfig,
-)
-from hiertune.data import HierarchicalDataset, Inputs
+from hiertune.config import TrialConfig
+from hiertune.data import HierarchicalDataset
 from hiertune.decoding import ValidationLogits
 from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
-from hiertune.models import HierarchicalClassifier, build_model
-from hiertune.models.timm_backbone import TimmBackbone, image_size
-from hiertune.taxonomy import Taxonomy
-from hiertune.train.augment import Augmentation
-from hiertune.train.batch_norm import synchronize_batch_norms, uses_batch_statistics
-from hiertune.train.batches import FIRST_WORKER, BatchPlan, Pass, Step, random_stream
+from hiertune.models.timm_backbone import TimmBackbone
+from hiertune.train.batches import FIRST_WORKER, Pass, Step, random_stream
+from hiertune.train.build import (
+    augmentation_of,
+    autocast,
+    check_batches,
+    distribute,
+    inputs_of,
+    model_of,
+    plan_of,
+)
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
-from hiertune.train.features import fixed_features, uses_fixed_features
 from hiertune.train.feed import Feed
 from hiertune.train.logits import LogitCollector
-from hiertune.train.mixing import Mixing
 from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
 from hiertune.train.result import TrialFailed
-from hiertune.train.standardize import standardization
-from hiertune.train.unknown import UnknownLabels, outcome_levels, with_unknown
+from hiertune.train.unknown import outcome_levels, with_unknown
 from hiertune.train.unused import may_leave_unused, note_on, unused_parameters
 from hiertune.train.workers import Workers
 from hiertune.weighting import build_weighting
@@ -57,6 +54,11 @@ FINITE_CHECK_STEPS = 50
 _EVALUATION_ROWS = 1024
 _EVALUATION_ELEMENTS = 2**23
 """An evaluation batch has at most so many rows, and so many logits at the largest level."""
+_EVALUATION_IMAGES = 32
+"""Of images at most so many, or twice the rows that a worker trains on at once."""
+
+
+_BODY = "backbone.body."
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,28 @@ class Trial:
 
         taxonomy, self._labels = with_unknown(config.unknown, data)
         rows = data.rows(*fit_on)
-        self._augmentation = _augmentation(config)
-        self.plan = _plan(config, data, rows, self._augmentation)
-        self._losses = build_losses(config.loss, taxonomy).to(device)
-        weights = class_weights(config.loss.class_weights, self._labels[rows], taxonomy)
-        self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
+        labels = data.labels[rows]
+        self._augmentation = augmentation_of(config)
+        with self.workers.together():  # weights and features come from files, which one may fail to read
+            self.model = model_of(config, data, taxonomy, fit_on).to(device)
+            inputs = inputs_of(config, data, self.model, device)
+        self._feed = Feed(inputs, self._labels, device)
+        self.plan = plan_of(config, data, inputs, rows, self._augmentation)
+        check_batches(self.model, self.plan, self.workers)
 
-        self.model = _build_model(config, data, taxonomy, fit_on).to(device)
-        self._feed = Feed(_fed(config, data, self.model, device), self._labels, device)
+        self._losses = build_losses(config.loss, taxonomy).to(device)
+        weights = class_weights(config.loss.class_weights, labels, taxonomy)
+        self._class_weights = [None if weight is None else weight.to(device) for weight in weights]
         self._weighting = build_weighting(
-            config.weighting, taxonomy, self._labels[rows], self.model.backbone, device
+            config.weighting, data.taxonomy, labels, self.model.backbone, device
         )
-        _check_batch_norm(self.model, self.plan)
+        self._seen = seen_classes(labels, data.taxonomy)
+        self._outcomes = outcome_levels(config.unknown, data)
+
         unused = self._unused_parameters()
         self.notes = (note_on(unused),) if unused else ()
         """What is worth a line in the log, until it was said."""
-        self._network = _distribute(self.model, self.workers, find_unused=bool(unused))
+        self._network = distribute(self.model, self.workers, find_unused=bool(unused))
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(config.optimizer, parameter_groups(self.model, config.optimizer))
         self._scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
@@ -171,7 +179,7 @@ class Trial:
         self.model.release()
 
     def _forward(self, inputs: Tensor, targets: Targets, counts: Tensor) -> list[Tensor]:
-        with _autocast(self.config.train, self.device):
+        with autocast(self.config.train, self.device):
             logits = self._network(inputs)
         return self._level_losses(logits, targets, counts)
 
@@ -258,17 +266,17 @@ class Trial:
 
         The loss is that of training without class and level weights. `collector` gets the base logits.
         """
-        seen = seen_classes(self.data.labels[self.plan.rows], self.data.taxonomy)
-        outcomes = outcome_levels(self.config.unknown, self.data)
-        evaluation = Evaluation(self.data.taxonomy, seen, self.device, outcomes)
+        evaluation = Evaluation(self.data.taxonomy, self._seen, self.device, self._outcomes)
         ones = torch.ones(len(self.data.levels), device=self.device)
         no_weights = [None] * len(self.data.levels)
         size = min(_EVALUATION_ROWS, max(1, _EVALUATION_ELEMENTS // max(self.data.taxonomy.num_classes)))
+        if len(self.plan.inputs.shape) == 4:  # activations of images take far more room than their logits
+            size = min(size, max(_EVALUATION_IMAGES, 2 * self.plan.batch_size // self.workers.size))
         shard = Pass(rows).shard(self.workers).rows
         self.model.eval()
         for inputs, labels in self._feed.batches(shard[i : i + size] for i in range(0, len(shard), size)):
             labels = evaluation.known(labels)
-            with _autocast(self.config.train, self.device):
+            with autocast(self.config.train, self.device):
                 logits = self.model(inputs)
             sums = level_losses(self._losses, logits, labels, ones, no_weights)
             evaluation.add(logits, labels, sums)
@@ -302,7 +310,7 @@ class Trial:
             "trial": self._identity,
             "epoch": self.epoch,
             "steps": self.steps,
-            "model": self.model.state_dict(),
+            "model": {name: value for name, value in self.model.state_dict().items() if self._changes(name)},
             "optimizer": self._optimizer.state_dict(),
             "weighting": self._weighting.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -324,83 +332,24 @@ class Trial:
                 allowed="the folder of this very trial, or an empty one",
             )
         self.epoch, self.steps = state["epoch"], state["steps"]
-        self.model.load_state_dict(state["model"])
+        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
+        assert not unexpected
+        assert not any(map(self._changes, missing))
         self._optimizer.load_state_dict(state["optimizer"])
         self._weighting.load_state_dict(state["weighting"])
         self._scaler.load_state_dict(state["scaler"])
         self.model.head.progress = self.plan.progress(self.steps - 1)
 
-    @property
+    def _changes(self, name: str) -> bool:
+        """Whether training changes this entry of the model's state: a frozen body is as it was built."""
+        backbone = self.model.backbone
+        return not (isinstance(backbone, TimmBackbone) and backbone.frozen and name.startswith(_BODY))
+
+    @cached_property
     def _identity(self) -> str:
-        """What decides the numbers of this trial. Where its data lie does not."""
-        config = self.config.model_dump_json(exclude={"data"})
-        return hashlib.sha256(f"{config} {self.data.fingerprint} {self.fit_on}".encode()).hexdigest()
-
-
-def _plan(
-    config: TrialConfig, data: HierarchicalDataset, rows: np.ndarray, augmentation: Augmentation | None
-) -> BatchPlan:
-    train, mixing, unknown = config.train, None, None
-    if not isinstance(config.mix, NoMixConfig):
-        shape = tuple(data.inputs.shape[1:])
-        if augmentation is not None:  # rows are mixed after it
-            shape = (*augmentation.output_size(*shape[:2]), *shape[2:])
-        mixing = Mixing(config.mix, data.taxonomy, data.labels, rows, shape)
-    if isinstance(config.unknown, UnknownOutcomeConfig):
-        unknown = UnknownLabels(config.unknown, data)
-    return BatchPlan(
-        data.inputs, rows, train.batch_size, train.seed, train.accumulation, train.epochs, mixing, unknown
-    )
-
-
-def _build_model(
-    config: TrialConfig, data: HierarchicalDataset, taxonomy: Taxonomy, fit_on: tuple[str, ...]
-) -> HierarchicalClassifier:
-    wanted = getattr(config.model.backbone, "standardize", False)
-    statistics = standardization(data, fit_on) if wanted else None
-    return build_model(config.model, taxonomy, tuple(data.inputs.shape[1:]), statistics)
-
-
-def _fed(
-    config: TrialConfig, data: HierarchicalDataset, model: HierarchicalClassifier, device: torch.device
-) -> Inputs:
-    """What the model is fed with: the data's inputs, or what a frozen backbone always makes of them."""
-    if not uses_fixed_features(config):
-        return data.inputs
-    assert isinstance(model.backbone, TimmBackbone)
-    autocast = _autocast(config.train, device)
-    return fixed_features(data, model.backbone, config.train.precision, device, autocast)
-
-
-def _augmentation(config: TrialConfig) -> Augmentation | None:
-    backbone = config.model.backbone
-    if not isinstance(backbone, TimmConfig) or backbone.augment == AugmentConfig():
-        return None
-    return Augmentation(backbone.augment, config.train.seed, image_size(backbone))
-
-
-def _check_batch_norm(model: nn.Module, plan: BatchPlan) -> None:
-    if uses_batch_statistics(model) and plan.smallest_pass < 2:
-        raise InputError(
-            "batch normalisation needs at least two rows in every batch",
-            key="train.batch_size",
-            allowed="2 or more, or a model.backbone without it",
-        )
-
-
-def _distribute(model: HierarchicalClassifier, workers: Workers, find_unused: bool) -> nn.Module:
-    if workers.size == 1:
-        return model
-    synchronize_batch_norms(model)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
-    network.broadcast_buffers = False  # they are constant, or synchronised by batch norm itself
-    return network
-
-
-_HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    if config.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_HALF[config.precision])
+        """What decides the numbers of this trial. Where its data and its backbone's weights lie does not."""
+        config = self.config.model_dump(mode="json", exclude={"data"})
+        if (weights := config["model"]["backbone"].get("weights")) is not None:
+            config["model"]["backbone"]["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        text = f"{json.dumps(config)} {self.data.fingerprint} {self.fit_on}"
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -29,7 +29,8 @@ def outcome_levels(config: UnknownConfig, data: HierarchicalDataset) -> tuple[in
 def with_unknown(config: UnknownConfig, data: HierarchicalDataset) -> tuple[Taxonomy, np.ndarray]:
     """Taxonomy and labels int64 [N, L] to train on: with a class for "unknown", the last of its level.
 
-    It has no parent, so it inherits nothing and no smoothing reaches it: any path may end in it.
+    It has no parent and no relatives: it inherits nothing from above, any path may end in it, and
+    taxonomy smoothing treats it as any orphan.
     Without such levels they are the data set's own.
     """
     levels = outcome_levels(config, data)

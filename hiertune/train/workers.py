@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from hiertune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,21 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An InputError that one worker raises within is raised by all, after it. No collectives within."""
+        error: InputError | None = None
+        try:
+            yield
+        except InputError as own:
+            error = own
+        if self.size > 1:
+            errors: list[InputError | None] = [None] * self.size
+            dist.all_gather_object(errors, error)
+            error = error or next(filter(None, errors), None)
+        if error is not None:
+            raise error
 
     def from_first(self, payload: bytes | None, device: torch.device) -> bytes | None:
         """The first worker's payload, on all of them."""

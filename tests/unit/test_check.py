@@ -106,11 +106,11 @@ GOOD = [
 GOOD_WITH_IMAGES = [
     f"{batches()}model:\n  backbone:\n    {{kind: timm, name: test_resnet, image_size: 32, frozen: true, "
     "hidden: [4]}\n"
-    "weighting: {kind: gradnorm, at: last_layer}\n"
-    "optimizer: {kind: sgd, layer_decay: {uniform: [0.5, 1.0]}}\n",
+    "weighting: {kind: gradnorm, at: last_layer}\n",
     f"{batches()}model:\n  backbone:\n    kind: timm\n    name: test_vit\n"
     "    image_size: {choice: [32, 64]}\n"
-    "    augment: {crop_scale: [0.5, 1.0], flip: 0.5, erasing: 0.1}\n",
+    "    augment: {crop_scale: [0.5, 1.0], flip: 0.5, erasing: 0.1}\n"
+    "optimizer: {kind: sgd, layer_decay: {uniform: [0.5, 1.0]}}\n",
 ]
 
 

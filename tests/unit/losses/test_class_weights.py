@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hiertune import Taxonomy
 from hiertune.config import ClassWeightsConfig
-from hiertune.losses import class_weights, label_density
+from hiertune.losses import class_weights
 
 TAXONOMY = Taxonomy.from_parents(["a", "b"], [[-1, -1], [0, 0, 1, 1]])
 LABELS = np.array([[0, 0]] * 40 + [[0, 1]] * 9 + [[1, 2]] + [[1, -1]] * 10)  # class 3 of b never occurs
@@ -99,10 +99,3 @@ def test_rows_weigh_one_on_average_and_rare_classes_no_less(method, rows):
         by_count = weights.numpy()[seen[np.argsort(counts[seen])]]
         assert (np.diff(by_count) <= 1e-6 * by_count[:-1]).all()
         assert torch.equal(weights[counts == 0], torch.ones(int((counts == 0).sum())))
-
-
-def test_label_density():
-    assert label_density(LABELS).tolist() == [1.0, 50 / 60]
-    assert label_density(np.array([[0, -1], [-1, -1], [1, 3], [0, 1]])).tolist() == [3 / 4, 2 / 4]
-    assert label_density(LABELS).dtype == np.float64
-    assert label_density(np.empty((0, 3), np.int64)).tolist() == [0.0, 0.0, 0.0]

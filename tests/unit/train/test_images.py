@@ -6,6 +6,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -26,7 +27,11 @@ from hiertune.errors import InputError
 from hiertune.export import load_model, predict_file, save_trained
 from hiertune.models import build_model
 from hiertune.train import features
+from hiertune.train.batches import BatchPlan
+from hiertune.train.build import check_batches
+from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
 from hiertune.train.loop import run_trial
+from hiertune.train.workers import Workers
 
 pytest.importorskip("timm")
 
@@ -105,11 +110,29 @@ def test_two_workers_agree_with_one(case, timm_config, data, alone, pair):
         torch.testing.assert_close(two["parameters"][key], value, rtol=1e-3, atol=1e-4)
 
 
-def test_workers_without_rows(timm_config, shape_images, alone, pair):
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_workers_without_rows(timm_config, shape_images, alone, pair, name):
     few = shape_images(8, size=16)
-    settings = timm_config("test_convnext", batch_size=1)
+    settings = timm_config(name, batch_size=1)
     one, two = alone(settings, few), same_on_both(pair(settings, few))
     assert two["outcome"].metrics == pytest.approx(one["outcome"].metrics, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "fits"),
+    [("test_coatnet", 2, True), ("test_coatnet", 3, False), ("test_resnet", 3, True), ("test_vit", 3, True)],
+)
+def test_attention_with_batch_norm_cannot_do_without_rows(data, name, workers, fits):
+    """Attention needs a row, and batch norm forbids to add one."""
+    settings = ModelConfig(backbone=TimmConfig(name=name, image_size=64))
+    model = build_model(settings, data.taxonomy, data.inputs.shape[1:], None)
+    plan = BatchPlan(data.inputs, np.arange(34), 8, 0)  # the last batch has two rows
+    if fits:
+        check_batches(model, plan, Workers(0, workers))
+        return
+    with pytest.raises(InputError, match="smallest batch has 2 rows for 3 workers"):
+        check_batches(model, plan, Workers(0, workers))
+    assert model.training
 
 
 def numbers(record):
@@ -243,7 +266,7 @@ def test_a_damaged_file_of_features_is_made_again(timm_config, data, alone, cach
 def test_cached_features_train_as_images_do(timm_config, data, alone, monkeypatch):
     settings = timm_config(backbone={"frozen": True, "hidden": [8]}, epochs=2, optimizer=SGDConfig(lr=0.05))
     cached = alone(settings, data)["outcome"].metrics
-    monkeypatch.setattr("hiertune.train.trial.uses_fixed_features", lambda config: False)
+    monkeypatch.setattr("hiertune.train.build.uses_fixed_features", lambda config: False)
     assert cached == pytest.approx(alone(settings, data)["outcome"].metrics, rel=1e-4)
 
 
@@ -319,3 +342,25 @@ def test_image_files_are_named_as_their_pixels_are(timm_config, data, tmp_path, 
     assert pd.read_csv(tmp_path / "one.csv")["id"].tolist() == ["b.png"]
     with pytest.raises(InputError, match="has no images"):
         predict_file(tmp_path / "model", tmp_path / "model")
+
+
+def test_a_checkpoint_has_nothing_of_a_frozen_body_and_knows_its_weights_by_content(
+    timm_config, data, alone, tmp_path
+):
+    import timm
+
+    torch.manual_seed(3)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "c.pth")
+
+    def settings(name):
+        backbone = {"frozen": True, "hidden": [8], "weights": str(tmp_path / name)}
+        return timm_config(backbone=backbone, epochs=2)
+
+    whole = numbers(alone(settings("a.pth"), data))
+    alone(settings("a.pth"), data, checkpoint=tmp_path / "checkpoint", stop_at=1)
+    saved = decode_checkpoint(read_checkpoint(tmp_path / "checkpoint"))
+    assert {name.split(".")[1] for name in saved["model"]} == {"layers", "linear", "pixels"}
+    (tmp_path / "a.pth").rename(tmp_path / "b.pth")
+    assert isinstance(alone(settings("c.pth"), data, checkpoint=tmp_path / "checkpoint")["error"], InputError)
+    assert numbers(alone(settings("b.pth"), data, checkpoint=tmp_path / "checkpoint")) == whole[1:]

@@ -128,6 +128,22 @@ def test_layers_of_a_transformer_decay_towards_the_input():
     assert groups[-1]["lr_scale"] == 1.0
 
 
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_layers_decay_as_in_timm_s_own_model_with_a_classifier(name):
+    """Some models' last norm is in the classifier's layer, whether there is a classifier or not."""
+    import timm
+    from timm.optim import param_groups_layer_decay
+
+    whole = timm.create_model(name, num_classes=3)
+    groups = param_groups_layer_decay(whole, layer_decay=0.5)
+    of = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    expected = {f"backbone.body.{name}": of[id(parameter)] for name, parameter in whole.named_parameters()}
+    found = scales(model_of(TimmConfig(name=name)), SGDConfig(layer_decay=0.5))
+    body = {name: scale for name, scale in found.items() if name.startswith("backbone.body.")}
+    assert body == {name: expected[name] for name in body}
+    assert len(body) > 10
+
+
 def test_the_schedule_multiplies_each_group_s_own_peak():
     pytest.importorskip("timm")
     model = model_of(TimmConfig(name="test_resnet", image_size=32))

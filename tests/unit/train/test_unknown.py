@@ -9,6 +9,8 @@ import torch
 from hiertune.config import (
     ConstantProbability,
     CosineProbability,
+    CrossEntropyConfig,
+    GradNormConfig,
     HierarchicalSoftmaxConfig,
     LinearProbability,
     MaskUnknownConfig,
@@ -17,7 +19,7 @@ from hiertune.config import (
 )
 from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.export import load_model, save_trained
-from hiertune.losses import build_losses
+from hiertune.losses import build_losses, class_weights
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.train.loop import run_trial
 from hiertune.train.probability import probability
@@ -180,6 +182,25 @@ def test_the_outcome_is_learned(config, make_data, alone):
     assert last["val/unknown_recall/genus"] == last["val/unknown_precision/genus"] == 1.0
     assert last["val/accuracy/genus"] == 1.0
     assert "val/unknown_recall/family" not in last
+
+
+def test_counts_and_densities_are_those_of_known_labels(config, data, alone):
+    """What weighs classes and levels does not change with what unknown labels are trained as."""
+    loss = CrossEntropyConfig(class_weights={"method": "capping"})
+    weighting = GradNormConfig(interval=1000, warmup_steps=1000, initial_weights="inverse_density")
+    never = UnknownOutcomeConfig(probability=ConstantProbability(value=0.0))
+    found = [
+        alone(config(unknown=unknown, loss=loss, weighting=weighting, epochs=1), data)["outcome"].metrics
+        for unknown in (MaskUnknownConfig(), never)
+    ]
+    for level in data.levels:
+        assert found[0][f"weight/{level}"] == found[1][f"weight/{level}"] != 1.0
+    weights = class_weights(loss.class_weights, data.labels, with_unknown(never, data)[0])
+    for weight, known in zip(
+        weights, class_weights(loss.class_weights, data.labels, data.taxonomy), strict=True
+    ):
+        assert torch.equal(weight[:-1], known)
+        assert weight[-1] == 1.0
 
 
 def test_saying_unknown_of_a_known_row_is_a_mistake(data):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import hiertune
 from hiertune.config import (
     AdamWConfig,
     ConditionalHeadConfig,
@@ -255,6 +261,38 @@ def test_one_rank_without_a_finite_loss_fails_all(config, data, pair):
     assert [record["error"].reason for record in records] == [
         "train/loss is not finite at epoch 1, step 1"
     ] * 2
+
+
+TOGETHER = """
+import sys
+import torch.distributed as dist
+from hiertune.errors import InputError
+from hiertune.train.workers import Workers
+
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=2)
+workers = Workers.current()
+with workers.together():
+    pass
+try:
+    with workers.together():
+        if rank == 1:
+            raise InputError("only here", file="f")
+except InputError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_an_input_error_of_one_is_raised_by_all(tmp_path):
+    loopback = {} if sys.platform == "darwin" else {"GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(hiertune.__file__).parents[1]), **loopback}
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path / "store")]
+    both = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0] for process in both] == ["f: only here\n"] * 2
 
 
 def test_stop_is_obeyed_by_both(config, data, pair):

@@ -46,7 +46,7 @@ def spare_layer(noticed: bool):
         model.backbone = Spare(model.backbone)
         return model
 
-    with mock.patch("hiertune.train.trial.build_model", build), contextlib.ExitStack() as stack:
+    with mock.patch("hiertune.train.build.build_model", build), contextlib.ExitStack() as stack:
         if not noticed:
             stack.enter_context(mock.patch("hiertune.train.trial.may_leave_unused", return_value=False))
         yield
