@@ -49,6 +49,7 @@ _METRICS = {
     "chain_accuracy": _Metric("never", "max"),
     "partial_chain_accuracy": _Metric("never", "max"),
     "hierarchical_distance": _Metric("never", "min"),
+    "average_distance": _Metric("never", "min"),
 }
 """The metrics of a validation split that a search can optimise."""
 

@@ -72,7 +72,8 @@ class Evaluation:
           class has no training row;
         - `chain_accuracy`, `partial_chain_accuracy`: see `hiertune.metrics.chain`;
         - `hierarchical_distance`: over mistakes at the finest level, the mean number of ranks that the
-          answer does not share with the label;
+          answer does not share with the label; `average_distance`: the same over all rows known there,
+          0 for right answers, which is what conditional risk minimisation makes small;
         - where a level can say "unknown": `unknown_recall/<level>`, the share of rows with an unknown label
           of which it is said, and `unknown_precision/<level>`, the share of those of which it is said
           that have one. To say it of a known row is a mistake, in all other metrics too.

@@ -81,6 +81,7 @@ class PredictionCounter:
         metrics["chain_accuracy"] = share(chain_right, chain)
         metrics["partial_chain_accuracy"] = share(partial_right, partial)
         metrics["hierarchical_distance"] = share(distance, mistakes)
+        metrics["average_distance"] = share(distance, known[-1])
         return metrics
 
 

@@ -20,6 +20,8 @@ class Job:
     fit_on: tuple[str, ...] = ("train",)
     validate_on: tuple[str, ...] = ("val",)
     test_on: tuple[str, ...] = ()
+    rules: tuple[dict[str, Any], ...] = ()
+    """Decoding rules (plain, so that this loads without torch) by which the test rows are named."""
     export: bool = False
     keep_logits: str | None = None
     """File for the base logits of the validation split, written at the last epoch."""

@@ -139,7 +139,7 @@ def test_table(rows: dict[str, dict[str, float]], levels: tuple[str, ...]) -> Ta
     for label in rows:
         table.add_column(escape(label.replace("_", " ")), justify="right")
     metrics = [f"accuracy_seen/{levels[-1]}", *(f"accuracy/{level}" for level in reversed(levels))]
-    for metric in [*metrics, "chain_accuracy", "hierarchical_distance"]:
+    for metric in [*metrics, "chain_accuracy", "hierarchical_distance", "average_distance"]:
         values = [row.get(f"test/{metric}") for row in rows.values()]
         table.add_row(escape(metric), *("–" if value is None else f"{value:.4f}" for value in values))
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,15 @@ from hiertune.config import CrossEntropyConfig, EqualConfig, LinearHeadConfig, T
 from hiertune.data import HierarchicalDataset
 from hiertune.data.nearest import nearest_neighbour_predictions
 from hiertune.decoding import AS_TRAINED, DecodingRule
-from hiertune.export import Predictor, load_model
 from hiertune.metrics.predictions import prediction_metrics
 from hiertune.search.messages import Failed, Finished, Job
 from hiertune.search.pool import WorkerPool
 from hiertune.space import Space
 from hiertune.taxonomy import Taxonomy
+from hiertune.train.unknown import with_unknown
 
 DECODED = "winner_decoded"
 """Label of the winner's model with its logits decoded by the chosen rule."""
-
-
-_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,14 @@ def measure(
     """
     jobs = {
         label: Job(
-            label, config, str(folders[label]), fit_on=fit_on, validate_on=(), test_on=("test",), export=True
+            label,
+            config,
+            str(folders[label]),
+            fit_on=fit_on,
+            validate_on=(),
+            test_on=("test",),
+            rules=tuple(rule.model_dump(mode="json") for rule in (AS_TRAINED, *_of(label, rules).values())),
+            export=True,
         )
         for label, config in configs.items()
     }
@@ -89,7 +93,7 @@ def measure(
             contender.label: contender
             for label, future in endings.items()
             for contender in _contenders(
-                label, folders[label], future.result(), data, fit_on, rules.get(label, {})
+                label, configs[label], future.result(), data, fit_on, _of(label, rules)
             )
         }
         if neighbour is not None:
@@ -128,9 +132,13 @@ def _nearest_neighbour(data: HierarchicalDataset, fit_on: tuple[str, ...]) -> Co
     return _judged("nearest_neighbour", predictions, data.taxonomy, data, fit_on)
 
 
+def _of(label: str, rules: Mapping[str, Mapping[str, DecodingRule]]) -> Mapping[str, DecodingRule]:
+    return rules.get(label, {})
+
+
 def _contenders(
     label: str,
-    folder: Path,
+    config: TrialConfig,
     ending: Finished | Failed,
     data: HierarchicalDataset,
     fit_on: tuple[str, ...],
@@ -140,25 +148,15 @@ def _contenders(
     if isinstance(ending, Failed):
         raise RuntimeError(f"training of {label} failed: {ending.reason}")
     metrics = {name: value for name, value in ending.outcome.metrics.items() if name.startswith("test/")}
-    model = load_model(folder / "model")
-    as_trained, *decoded = _predicted(model, [AS_TRAINED, *rules.values()], data)
+    taxonomy, _ = with_unknown(config.unknown, data)
+    as_trained, *decoded = ending.outcome.predictions
     return [
         Contender(label, metrics, as_trained),
         *(
-            _judged(name, predictions, model.taxonomy, data, fit_on)
+            _judged(name, predictions, taxonomy, data, fit_on)
             for name, predictions in zip(rules, decoded, strict=True)
         ),
     ]
-
-
-def _predicted(
-    model: Predictor, rules: Sequence[DecodingRule], data: HierarchicalDataset
-) -> list[np.ndarray]:
-    """By each rule int64 [test rows, L]; not all inputs are held at once."""
-    rows = data.rows("test")
-    blocks = np.split(rows, range(_BLOCK_ROWS, len(rows), _BLOCK_ROWS))
-    of_blocks = [model.predict_by(rules, data.inputs.rows(block)) for block in blocks]
-    return [np.concatenate([block.labels for block in of_rule]) for of_rule in zip(*of_blocks, strict=True)]
 
 
 def _judged(

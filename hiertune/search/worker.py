@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from hiertune.config import DataConfig
 from hiertune.data import HierarchicalDataset, open_dataset
+from hiertune.decoding import DecodingRule
 from hiertune.export import save_trained
 from hiertune.search.messages import Job, WorkerSetup
 from hiertune.train.checkpoint import remove_checkpoint
@@ -47,6 +48,7 @@ def _train(job: Job, link: _Link) -> None:
             fit_on=job.fit_on,
             validate_on=job.validate_on,
             test_on=job.test_on,
+            rules=[DecodingRule.model_validate(rule) for rule in job.rules],
             checkpoint=checkpoint,
             keep_logits=None if job.keep_logits is None else Path(job.keep_logits),
             finish=(lambda model: save_trained(f"{job.folder}/model", model, job.config, data))

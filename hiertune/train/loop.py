@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hiertune.config import TrialConfig
 from hiertune.data import HierarchicalDataset
+from hiertune.decoding import DecodingRule
 from hiertune.models import HierarchicalClassifier
 from hiertune.train.checkpoint import CheckpointClock
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
@@ -29,13 +31,15 @@ def run_trial(
     test_on: tuple[str, ...] = (),
     checkpoint: Path | None = None,
     resume: bool = True,
+    rules: Sequence[DecodingRule] = (),
     keep_logits: Path | None = None,
     finish: Callable[[HierarchicalClassifier], None] | None = None,
 ) -> TrialOutcome:
     """Train one trial; every worker of the process group (if there is one) calls this alike.
 
     After each epoch all workers call `report` with the same result, and must get the same decision;
-    what it answers to the last epoch changes nothing. `test_on` is measured once, at the end.
+    what it answers to the last epoch changes nothing. `test_on` is measured once, at the end, and its
+    rows are named by each of `rules`.
     `finish` is called on the first worker with the trained model, in evaluation mode.
 
     With a `checkpoint` path the first worker writes there after an epoch's report, if it is worth the
@@ -66,10 +70,13 @@ def run_trial(
                 clock.save(checkpoint, trial.state())
             if stop:
                 break
-        tested = trial.evaluate("test", data.rows(*test_on)) if test_on else {}
+        tested: dict[str, float] = {}
+        predictions: tuple[np.ndarray, ...] = ()
+        if test_on:
+            tested, predictions = trial.evaluate_and_name("test", data.rows(*test_on), rules)
         if finish is not None and trial.workers.first:
             finish(trial.model.eval())
-        return TrialOutcome(trial.epoch, not result.last, result.metrics | tested)
+        return TrialOutcome(trial.epoch, not result.last, result.metrics | tested, predictions)
 
 
 def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | None) -> EpochResult:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,5 @@ class TrialOutcome:
     """The caller answered STOP before the last epoch."""
     metrics: dict[str, float]
     """The last epoch's, and `test/...` if a test split was asked for."""
+    predictions: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    """Labels of the test rows by each decoding rule that was asked for, int64 [N, L]."""

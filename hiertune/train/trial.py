@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hiertune.config import TrialConfig
 from hiertune.data import HierarchicalDataset
-from hiertune.decoding import ValidationLogits
+from hiertune.decoding import Decoder, DecodingRule, ValidationLogits
 from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
@@ -40,7 +40,7 @@ from hiertune.train.build import (
 )
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
 from hiertune.train.feed import Feed
-from hiertune.train.logits import LogitCollector
+from hiertune.train.logits import Collector, LabelCollector, LogitCollector
 from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
 from hiertune.train.result import TrialFailed
 from hiertune.train.unknown import outcome_levels, with_unknown
@@ -259,12 +259,10 @@ class Trial:
     # ----------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(
-        self, split: str, rows: np.ndarray, collector: LogitCollector | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, split: str, rows: np.ndarray, collector: Collector | None = None) -> dict[str, float]:
         """Metrics `<split>/...` on `rows`, exact and the same on all workers. Raises TrialFailed.
 
-        The loss is that of training without class and level weights. `collector` gets the base logits.
+        The loss is that of training without class and level weights.
         """
         evaluation = Evaluation(self.data.taxonomy, self._seen, self.device, self._outcomes)
         ones = torch.ones(len(self.data.levels), device=self.device)
@@ -281,7 +279,7 @@ class Trial:
             sums = level_losses(self._losses, logits, labels, ones, no_weights)
             evaluation.add(logits, labels, sums)
             if collector is not None and self.model.base_logits is not None:
-                collector.add(self.model.base_logits)
+                collector.add(self.model.base_logits, logits)
         self.model.release()
         self.workers.sum(evaluation.state)
         metrics = evaluation.compute(split)
@@ -301,6 +299,16 @@ class Trial:
             seen = seen_classes(self.data.labels[self.plan.rows], taxonomy)
             ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
         return metrics
+
+    def evaluate_and_name(
+        self, split: str, rows: np.ndarray, rules: Sequence[DecodingRule]
+    ) -> tuple[dict[str, float], tuple[np.ndarray, ...]]:
+        """`evaluate`, and by each rule the labels of `rows`, int64 [N, L]."""
+        head, shard = self.model.head, Pass(np.arange(len(rows))).shard(self.workers).rows
+        decoders = [Decoder(head.taxonomy, rule, head.refine, self.device) for rule in rules]
+        collector = LabelCollector(decoders, len(self.data.levels), len(rows), shard)
+        metrics = self.evaluate(split, rows, collector)
+        return metrics, collector.gather(self.workers, self.device)
 
     # ---------------------------------------------------------------------------- checkpoints
 

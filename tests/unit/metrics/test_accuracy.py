@@ -74,6 +74,11 @@ def naive(logits, labels, losses, prefix="val") -> dict[str, float]:
         for r in rows
         if right[r][2] is False
     )
+    metrics["average_distance"] = mean(
+        TAXONOMY.class_distances("c", order["c"][r][0], labels[r, 2]).item()
+        for r in rows
+        if right[r][2] is not None
+    )
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
@@ -167,5 +172,5 @@ def test_metrics_of_predictions_are_those_of_logits(seed):
 def test_a_prediction_of_nothing_is_wrong_everywhere():
     labels = TAXONOMY.ancestors("c")[:4]
     metrics = prediction_metrics(np.full((4, 3), -1), labels, TAXONOMY, labels, prefix="test")
-    assert metrics.pop("test/hierarchical_distance") == 3.0
+    assert metrics.pop("test/hierarchical_distance") == metrics.pop("test/average_distance") == 3.0
     assert set(metrics.values()) == {0.0}

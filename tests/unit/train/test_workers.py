@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from hiertune.config import (
     IdentityConfig,
     LinearHeadConfig,
     LinearProbability,
+    MaskUnknownConfig,
     MixedHeadConfig,
     MixupConfig,
     ModelConfig,
@@ -35,10 +37,12 @@ from hiertune.config import (
     UnknownOutcomeConfig,
 )
 from hiertune.data import HierarchicalDataset
-from hiertune.decoding import ValidationLogits
+from hiertune.decoding import AS_TRAINED, CRM, DecodingRule, ValidationLogits
 from hiertune.errors import InputError
+from hiertune.metrics import prediction_metrics
 from hiertune.models import build_model
 from hiertune.train.result import TrialFailed
+from hiertune.train.unknown import with_unknown
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +182,28 @@ def test_ten_steps_give_the_same_weights(config, make_data, alone, pair, head, w
     assert (weights[0] == weights[-1]) == (weighting in ("equal", "fixed"))
     for of_one, of_two in zip(one["reports"], two["reports"], strict=True):
         assert of_two.metrics == pytest.approx(of_one.metrics, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("unknown", [MaskUnknownConfig(), UnknownOutcomeConfig()], ids=lambda c: c.kind)
+def test_rows_are_named_by_rules_in_their_order(config, data, alone, pair, unknown):
+    settings = config(epochs=2, head=HierarchicalSoftmaxConfig(), unknown=unknown)
+    rules = [AS_TRAINED, CRM, DecodingRule(head=LinearHeadConfig())]
+    records = [
+        alone(settings, data, test_on=("test",), rules=rules),
+        same_on_both(pair(settings, data, test_on=("test",), rules=rules)),
+    ]
+    taxonomy, _ = with_unknown(unknown, data)
+    labels, trained = (data.labels[data.rows(split)] for split in ("test", "train"))
+    for record in records:
+        outcome = record["outcome"]
+        assert [found.shape for found in outcome.predictions] == [labels.shape] * 3
+        metrics = prediction_metrics(outcome.predictions[0], labels, taxonomy, trained, prefix="test")
+        assert metrics == {name: outcome.metrics[name] for name in metrics}
+        crm = outcome.predictions[1]
+        paths = taxonomy.ancestors(-1)[crm[:, -1]]
+        assert np.array_equal(np.where(paths < 0, crm, paths), crm)
+    for one, two in zip(records[0]["outcome"].predictions, records[1]["outcome"].predictions, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_validation_logits_are_in_the_order_of_the_rows(config, data, alone, pair, tmp_path):
