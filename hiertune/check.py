@@ -264,19 +264,28 @@ def _check_mix(corners: list[Resolved], dataset: HierarchicalDataset, problems: 
 def warnings_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset) -> list[str]:
     """What can be trained, but is seldom meant: one sentence each, with the line where there is one."""
     corners = list(target.corners()) if isinstance(target, Space) else [Resolved(target, {})]
-    finest = dataset.levels[-1]
-    found: dict[str, None] = {}
-    for corner in corners:
-        mix = corner.config.mix
-        if isinstance(mix, NoMixConfig):
-            continue
+    unknown = bool((dataset.labels < 0).any())
+    found = {
+        _placed(corner, key, text): None
+        for corner in corners
+        for key, text in _warnings(corner.config, dataset.levels[-1], unknown)
+    }
+    return list(found)
+
+
+def _warnings(config: TrialConfig, finest: str, unknown: bool) -> Iterator[tuple[Key, str]]:
+    """Of one config, by key; `unknown` says whether the data have unknown labels."""
+    mix, backbone = config.mix, config.model.backbone
+    if not isinstance(mix, NoMixConfig):
         if mix.level not in (None, finest):
             text = f"rows of one {mix.level} but of different {finest} are mixed: their targets are mixtures"
-            found.setdefault(_placed(corner, ("mix", "level"), f"{text}; {finest} keeps them certain"))
-        if not mix.exclude_unknown and (dataset.labels < 0).any():
+            yield ("mix", "level"), f"{text}; {finest} keeps them certain"
+        if not mix.exclude_unknown and unknown:
             text = "rows with unknown labels are mixed: their targets are known in part; true leaves them out"
-            found.setdefault(_placed(corner, ("mix", "exclude_unknown"), text))
-    return list(found)
+            yield ("mix", "exclude_unknown"), text
+    if isinstance(backbone, TimmConfig) and backbone.frozen and not (backbone.pretrained or backbone.weights):
+        text = "a frozen backbone with neither pretrained weights nor a weights file makes random features"
+        yield ("model", "backbone", "frozen"), text
 
 
 def _placed(at: Resolved, key: Key, text: str) -> str:

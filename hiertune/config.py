@@ -512,7 +512,8 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 run under autocast; fp16 needs a GPU and scales the loss."""
     threads: PositiveInt = 1
-    """Compute threads per worker. On CPU one is the fastest way to use a core."""
+    """Compute threads per worker, and threads that augment images. On CPU one is the fastest way to use a
+    core; with a GPU, as many as it has cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

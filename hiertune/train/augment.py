@@ -6,6 +6,7 @@ Shapes: B rows, H, W, C height, width and channels of an image.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ class Augmentation:
     In this order: crop and resize, mirror, policy, colours, erase.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, image_size: int) -> None:
-        """`image_size`: crops get this height and width, or the image's own where those are smaller."""
-        self._config, self._seed, self._image_size = config, seed, image_size
+    def __init__(self, config: AugmentConfig, seed: int, image_size: int, threads: int = 1) -> None:
+        """`image_size`: crops get this height and width, or the image's own where those are smaller.
+        Rows are shared out among `threads`, which changes nothing else."""
+        self._config, self._seed, self._image_size, self._threads = config, seed, image_size, threads
 
     def of_epoch(self, epoch: int) -> Augment:
         """The changes of one epoch; may be called from any thread."""
@@ -38,10 +40,18 @@ class Augmentation:
         def augment(images: Tensor, rows: np.ndarray) -> Tensor:
             transform = self._transform(*images.shape[1:3])
             changed = images.new_empty((len(images), *self.output_size(*images.shape[1:3]), images.shape[3]))
-            for place, row in enumerate(rows.tolist()):
+
+            def change(place: int, row: int) -> None:
                 generator = torch.Generator().manual_seed(random_stream(self._seed, epoch, row, _STREAM))
                 with _DrawFrom(generator):
                     changed[place] = transform(images[place].permute(2, 0, 1)).permute(1, 2, 0)
+
+            if self._threads == 1:
+                for place, row in enumerate(rows.tolist()):
+                    change(place, row)
+            else:
+                with ThreadPoolExecutor(self._threads, "hiertune-augment") as pool:
+                    list(pool.map(change, range(len(rows)), rows.tolist()))
             return changed
 
         return augment

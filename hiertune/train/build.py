@@ -81,7 +81,7 @@ def augmentation_of(config: TrialConfig) -> Augmentation | None:
     backbone = config.model.backbone
     if not isinstance(backbone, TimmConfig) or backbone.augment == AugmentConfig():
         return None
-    return Augmentation(backbone.augment, config.train.seed, image_size(backbone))
+    return Augmentation(backbone.augment, config.train.seed, image_size(backbone), config.train.threads)
 
 
 def check_batches(model: HierarchicalClassifier, plan: BatchPlan, workers: Workers) -> None:

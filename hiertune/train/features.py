@@ -33,6 +33,9 @@ _VERSION = 1
 _BLOCK_ROWS = 256
 """Rows of one forward pass: always the same, because its size can decide the last bits."""
 
+_KEPT = 2
+"""Backbones whose features a process keeps, of each data set."""
+
 _known: WeakKeyDictionary[HierarchicalDataset, dict[str, MemoryInputs]] = WeakKeyDictionary()
 
 
@@ -71,6 +74,10 @@ def fixed_features(
                 with autocast:
                     features = _compute(data, backbone, device)
                 _write(path, features)
+                features = _read(path)  # from the file: the system may drop it from memory, and read it again
+                assert features is not None
+        if len(of_data) == _KEPT:
+            del of_data[next(iter(of_data))]
         of_data[key] = MemoryInputs(features)
     return of_data[key]
 

@@ -185,6 +185,14 @@ WARNED = {
 }
 
 
+def test_random_features_are_said():
+    frozen = "model: {backbone: {kind: timm, name: test_resnet, frozen: true}}\n"
+    (warning,) = warnings_with_data(parse_space(f"{batches()}{frozen}"), IMAGES)
+    assert warning.startswith("model.backbone.frozen (line 4): a frozen backbone with neither")
+    given = frozen.replace("frozen: true", "frozen: true, weights: w.pth")
+    assert warnings_with_data(parse_space(f"{batches()}{given}"), IMAGES) == []
+
+
 @pytest.mark.parametrize("text", WARNED)
 def test_what_is_seldom_meant_is_said(text):
     data = dataset()

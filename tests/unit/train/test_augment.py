@@ -26,8 +26,8 @@ ROWS = np.arange(12)
 IMAGES = torch.randint(0, 256, (12, 10, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def augmented(config, rows=ROWS, epoch=1, seed=0, images=IMAGES, size=8):
-    return Augmentation(AugmentConfig(**config), seed, size).of_epoch(epoch)(images[rows], rows)
+def augmented(config, rows=ROWS, epoch=1, seed=0, images=IMAGES, size=8, threads=1):
+    return Augmentation(AugmentConfig(**config), seed, size, threads).of_epoch(epoch)(images[rows], rows)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -39,6 +39,7 @@ def test_same_row_same_change_whatever_the_batch_the_thread_and_the_global_state
     state = torch.get_rng_state()
     torch.testing.assert_close(augmented(config, np.array([7, 3])), whole[[7, 3]], rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(augmented(config, threads=3), whole)
     of_thread = []
     thread = threading.Thread(target=lambda: of_thread.append(augmented(config)))
     thread.start()
