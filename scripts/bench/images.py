@@ -31,7 +31,7 @@ from hiertune.config import (
     TrialConfig,
 )
 from hiertune.data import HierarchicalDataset, open_dataset, write_dataset
-from hiertune.train import trial
+from hiertune.train import build
 from hiertune.train.loop import run_trial
 from hiertune.train.result import EpochResult
 
@@ -61,12 +61,12 @@ def frozen(data: HierarchicalDataset, trials: int, epochs: int) -> list[Figure]:
     backbone = TimmConfig(name=NAME, image_size=2 * SIZE, frozen=True)
     configs = [config(backbone, epochs, lr=10 ** -(2 + n / 4)) for n in range(trials)]
     cached = uncached = 0.0
-    decide = trial.uses_fixed_features
+    decide = build.uses_fixed_features
     for one in configs:
         cached += seconds(partial(run, one, data))
-        trial.uses_fixed_features = lambda config: False
+        build.uses_fixed_features = lambda config: False
         uncached += seconds(partial(run, one, data))
-        trial.uses_fixed_features = decide
+        build.uses_fixed_features = decide
     name = f"{trials} trials of {epochs} epochs, frozen: uncached / cached"
     return [
         Figure("frozen, cached features", cached, unit="s"),
