@@ -1,19 +1,23 @@
 """The command line. Commands only read their options and call; what takes time to import comes late.
 
-Exit codes: 0 done, 1 the search failed, 2 bad input and nothing started, 130 interrupted.
+Exit codes: 0 done, 1 the search failed, 2 bad input and nothing started, 130 interrupted, 143 ended by
+SIGTERM.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from hiertune._text import visible
 from hiertune.errors import InputError
 
 app = typer.Typer(
@@ -24,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(data_app, name="data")
 import_app = typer.Typer(help="Take over settings from other programs.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
@@ -38,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv)
     except InputError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        text = escape(visible(str(error), keep="\n"))
+        errors.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -71,7 +76,7 @@ def search(
         run_search(plan, console)
     except SearchFailed as error:
         Console(stderr=True).print(
-            f"[bold red]the search failed:[/] {escape(str(error))}\n  see {plan.folder.log}",
+            f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
             highlight=False,
             soft_wrap=True,
         )
@@ -103,11 +108,20 @@ def predict(
         Path, typer.Argument(help=".h5, .fasta[.gz], .npy, .csv; an image or a folder of them")
     ],
     out: Annotated[Path | None, typer.Option(help="CSV file; by default the terminal.")] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+    ] = False,
 ) -> None:
     """Name every row of a file at every level."""
     from hiertune.export import predict_file
 
-    predict_file(model, inputs, out)
+    broken = predict_file(model, inputs, out, skip_broken=skip_broken)
+    if broken:
+        shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        text = f"{len(broken):,} images cannot be read, and are left out: {shown}"
+        Console(stderr=True).print(
+            f"[yellow]note:[/] {escape(visible(text))}", highlight=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -117,11 +131,12 @@ def decode(
         str | None, typer.Option(help="Choose by this val/ metric, instead of the search's objective.")
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Let the model name by the best rule.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every rule, not only the best.")] = False,
 ) -> None:
     """Compare ways to turn the winner's logits into names, without training."""
     from hiertune.posthoc import decode_winner
 
-    decode_winner(run, metric, save=save, console=Console())
+    decode_winner(run, metric, save=save, show_all=show_all, console=Console())
 
 
 @app.command()
@@ -133,7 +148,8 @@ def export(
     from hiertune.export import export_winner
 
     export_winner(run, out)
-    Console().print(f"the winner of {run} is in {out}", highlight=False)
+    text = f"the winner of {run} is in {out}"
+    Console().print(escape(visible(text)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -141,7 +157,8 @@ def report(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAM
     """Write report.html of a finished or running search."""
     from hiertune.report import write_report
 
-    Console().print(f"wrote {write_report(run)}", highlight=False)
+    text = f"wrote {write_report(run)}"
+    Console().print(escape(visible(text)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -164,6 +181,17 @@ def sync(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.
         sys.exit(1)
 
 
+@data_app.callback()
+def clean_up_when_ended(context: typer.Context) -> None:
+    """Make and look at data sets."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)  # half-written files are removed on the way out
+
+    before = signal.signal(signal.SIGTERM, end)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+
+
 @data_app.command()
 def describe(
     file: Annotated[str, typer.Argument(help="An HDF5 file, or builtin:NAME.")],
@@ -174,7 +202,8 @@ def describe(
     from hiertune.data import describe as describe_data
     from hiertune.data import open_dataset
 
-    data = open_dataset(DataConfig(path=file, kmer=KmerConfig(k=kmer)), require=())
+    config = DataConfig(path=file, kmer=KmerConfig(k=kmer), in_memory="never")
+    data = open_dataset(config, require=())
     Console().print(describe_data(data))
 
 
@@ -237,6 +266,7 @@ def import_fasta_command(
         separator=separator,
         unknown=unknown or (),
         overwrite=overwrite,
+        console=Console(),
     )
     Console().print(describe_data(out))
 
@@ -269,12 +299,13 @@ def import_table_command(
         split_column=split_column,
         unknown=unknown or (),
         overwrite=overwrite,
+        console=Console(),
     )
     Console().print(describe_data(out))
 
 
 Size = Annotated[
-    int, typer.Option(min=1, help="Height and width: the shorter side is resized to it, the longer cut.")
+    int, typer.Option(help="Height and width, up to 4096: the shorter side is resized to it, the longer cut.")
 ]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out images that are missing or unreadable.")

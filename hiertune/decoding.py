@@ -65,6 +65,12 @@ class DecodingRule(Config):
         name = "argmax" if self.kind == "argmax" else f"conditional risk{_at(self.temperature)}"
         return name if self.head is None else f"{name}, {_routing(self.head)}"
 
+    @property
+    def short(self) -> str:
+        """The same in fewer letters, for tables."""
+        name = str(self).replace(" at T=", " T=").replace("conditional risk", "risk")
+        return name.removesuffix(" head")
+
 
 AS_TRAINED = DecodingRule()
 CRM = DecodingRule(kind="crm")

@@ -27,6 +27,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from hiertune._text import check_storable
 from hiertune.config import DataConfig, HeadConfig, KmerConfig, TrialConfig
 from hiertune.decoding import AS_TRAINED, Decoder, DecodingRule
 from hiertune.errors import InputError
@@ -396,19 +397,27 @@ def _read(path: Path) -> bytes:
 # ----------------------------------------------------------------------------------------- files
 
 
-def predict_file(folder: str | Path, source: str | Path, out: str | Path | None = None) -> None:
+def predict_file(
+    folder: str | Path,
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    skip_broken: bool = False,
+) -> list[str]:
     """Write a CSV with one row per row of `source`, to `out` or to standard output.
 
     Columns: `id`; per level its name and `<level>_probability`; `path`, the finest prediction's names from
     the top, joined by ";". `source` is a hiertune .h5, FASTA (for models of k-mers), .npy, a .csv of
     numbers with a header and, optionally, a column `id`, or (for models of images) an image file or a
-    folder of them, read as `import-images` reads them.
+    folder of them, found and read as `import-images` does. Returns the names of the images that can't be
+    read and were left out: none unless `skip_broken`.
 
     Raises:
         InputError: a folder or file that can't be used; nothing is left at `out` then.
     """
     predictor = load_model(folder)
-    blocks = _blocks(Path(source), predictor)
+    broken: list[str] | None = [] if skip_broken else None
+    blocks = _blocks(Path(source), predictor, broken)
     with _output(out) as file:
         first = list(islice(blocks, 1))  # a file that can't be read is told before anything is printed
         writer = csv.writer(file, lineterminator="\n")
@@ -423,6 +432,7 @@ def predict_file(folder: str | Path, source: str | Path, out: str | Path | None 
                 pairs = zip(names, confidences, strict=True)
                 cells = [cell for level, p in pairs for cell in (level, f"{p:.6f}")]
                 writer.writerow([name, *cells, ";".join(part or "" for part in path)])
+    return broken or []
 
 
 def _predict_block(
@@ -438,10 +448,15 @@ def _predict_block(
 Block = tuple[list[str], np.ndarray | torch.Tensor]
 
 
-def _blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
+def _blocks(source: Path, predictor: Predictor, broken: list[str] | None) -> Iterator[Block]:
+    """`broken`: where images that can't be read are to be listed, if they are left out."""
+    from hiertune.data.importers.pixels import IMAGE_SUFFIXES
+
     name = source.name.lower()
-    if len(predictor.input_shape) == 3 and (source.is_dir() or _is_image(source)):
-        return _image_blocks(source, predictor)
+    if len(predictor.input_shape) == 3 and (source.is_dir() or name.endswith(IMAGE_SUFFIXES)):
+        return _image_blocks(source, predictor, broken)
+    if broken is not None:
+        raise InputError("--skip-broken is for images", file=source, allowed="an image, a folder of images")
     if name.endswith((".h5", ".hdf5")):
         return _hdf5_blocks(source)
     if name.removesuffix(".gz").endswith((".fasta", ".fa", ".fna")):
@@ -460,29 +475,30 @@ def _blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
     raise InputError("is of a kind that isn't known", file=source, allowed=", ".join(kinds))
 
 
-def _is_image(path: Path) -> bool:
-    from hiertune.data.importers.pixels import IMAGE_SUFFIXES
-
-    return path.name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _image_blocks(source: Path, predictor: Predictor) -> Iterator[Block]:
-    from hiertune.data.importers.pixels import read_image
+def _image_blocks(source: Path, predictor: Predictor, broken: list[str] | None) -> Iterator[Block]:
+    from hiertune.data.importers.pixels import IMAGE_SUFFIXES, file_rows, find_images, loaded
 
     height, width, channels = predictor.input_shape
     if channels != 3 or height != width:
         shape = " x ".join(map(str, predictor.input_shape))
         problem = f"the model takes images of {shape}, which image files are not resized to"
         raise InputError(problem, file=source, allowed=".h5, .npy")
-    paths = [source]
+    root, names = source.parent, [source.name]
     if source.is_dir():
-        paths = sorted(filter(_is_image, source.rglob("*")))
-    if not paths:
-        raise InputError("has no images", file=source)
-    for first in range(0, len(paths), _BLOCK_IMAGES):
-        block = paths[first : first + _BLOCK_IMAGES]
-        ids = [path.relative_to(source).as_posix() if path != source else path.name for path in block]
-        yield ids, np.stack([read_image(path, height) for path in block])
+        root, names = source, find_images(source).images
+    if not names:
+        raise InputError("has no images", file=source, allowed=", ".join(IMAGE_SUFFIXES))
+    check_storable(names, file=source, key="file name")
+    rows = loaded(file_rows(root, names, height), range(len(names)), skip_broken=broken is not None)
+    pairs = zip(names, rows, strict=True)
+    while block := list(islice(pairs, _BLOCK_IMAGES)):
+        if broken is not None:
+            broken += [name for name, pixels in block if pixels is None]
+        read = {name: pixels for name, pixels in block if pixels is not None}
+        if read:
+            yield list(read), np.stack(list(read.values()))
+    if broken is not None and len(broken) == len(names):
+        raise InputError(f"none of {len(names):,} images can be read", file=source)
 
 
 def _hdf5_blocks(source: Path) -> Iterator[Block]:

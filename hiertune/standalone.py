@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hiertune._text import visible
 from hiertune.check import check_with_data, warnings_with_data
 from hiertune.data import open_dataset
 from hiertune.errors import InputError
@@ -45,7 +46,7 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
         def report(result: EpochResult) -> Decision:
             bar.update(task, completed=result.epoch)
             for note in result.notes:
-                console.print(note, highlight=False)
+                console.print(escape(note), highlight=False)
             finest = f"val/accuracy/{data.levels[-1]}"
             shown = {name: result.metrics.get(name) for name in ("train/loss", "val/loss", finest)}
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
@@ -63,5 +64,6 @@ def train_config(file: Path, out: Path, *, refit: bool, console: Console) -> Tri
             finish=lambda model: save_trained(out / "model", model, config, data),
         )
     (out / "metrics.json").write_text(json.dumps(outcome.metrics, indent=2) + "\n", encoding="utf-8")
-    console.print(f"the model is in {out / 'model'}, its metrics in {out / 'metrics.json'}", highlight=False)
+    text = f"the model is in {out / 'model'}, its metrics in {out / 'metrics.json'}"
+    console.print(escape(visible(text)), highlight=False, soft_wrap=True)
     return outcome

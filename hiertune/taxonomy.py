@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hiertune._text import STORABLE, is_storable
 from hiertune.errors import InputError
 
 Indices = npt.NDArray[np.int64]
@@ -442,9 +443,9 @@ class Taxonomy:
         if len(names) != size:
             raise InputError(f"level {level!r} has {size} classes but {len(names)} names")
         for index, name in enumerate(names):
-            if not (isinstance(name, str) and name):
+            if not (isinstance(name, str) and name and is_storable(name)):
                 raise InputError(
-                    f"class {index} of level {level!r} is named {name!r}", allowed="a text that is not empty"
+                    f"class {index} of level {level!r} is named {name!r}", allowed=f"{STORABLE}, not empty"
                 )
         self._check_parents(position)
         self._check_anchors(position)

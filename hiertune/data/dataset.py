@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -166,7 +167,7 @@ class _BlockBuffer:
     """The blocks used last, in one tensor: rows of many blocks are then one gather."""
 
     def __init__(self, inputs: Hdf5Inputs) -> None:
-        self.inputs = inputs
+        self.inputs = weakref.proxy(inputs)  # no cycle: the file is closed as soon as nobody reads it
         num_blocks = math.ceil(len(inputs) / inputs.block_rows)
         slots = min(inputs.buffer_blocks, num_blocks)
         self.values = torch.empty((slots, inputs.block_rows, *inputs.shape[1:]), dtype=inputs.dtype)

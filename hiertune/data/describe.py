@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
+from hiertune._text import visible
 from hiertune.config import DataConfig
 from hiertune.data.dataset import HierarchicalDataset, num_bytes, open_dataset
 from hiertune.data.splits import SPLITS
@@ -55,7 +57,7 @@ class Description:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         finest = self.levels[-1]
         total = sum(self.rows.values())
-        yield f"[bold]{self.source}[/bold]"
+        yield f"[bold]{escape(visible(self.source))}[/bold]"
         yield f"{total:,} rows: " + ", ".join(f"{split} {n:,}" for split, n in self.rows.items())
         shape = " x ".join(map(str, self.input_shape))
         yield f"inputs: {shape} {self.input_type}, {self.input_bytes / 2**20:,.1f} MiB in memory"
@@ -76,9 +78,12 @@ class Description:
 
 
 def describe(source: str | Path | HierarchicalDataset) -> Description:
-    """Describe a data set, or the file (or `builtin:NAME`) that holds one. InputError if it is bad."""
+    """Describe a data set, or the file (or `builtin:NAME`) that holds one. InputError if it is bad.
+
+    A file's inputs are read block by block, not into memory.
+    """
     if not isinstance(source, HierarchicalDataset):
-        source = open_dataset(DataConfig(path=str(source)), require=())
+        source = open_dataset(DataConfig(path=str(source), in_memory="never"), require=())
     return Description(
         source=source.source,
         rows={split: len(source.rows(split)) for split in SPLITS},

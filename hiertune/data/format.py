@@ -27,6 +27,7 @@ import h5py
 import numpy as np
 from pydantic import ValidationError
 
+from hiertune._text import check_storable
 from hiertune.config import KmerConfig
 from hiertune.data.splits import SPLITS, split_of_ids
 from hiertune.errors import InputError
@@ -105,6 +106,7 @@ def write_dataset(
     rows = inputs if isinstance(inputs, RowBlocks) else _blocks_of(np.asarray(inputs))
     dtype = _check_inputs_kind(path, rows.shape, rows.dtype, "biuf")
     names = np.array(list(ids), dtype=object)
+    check_storable(names, file=path, key="ids")
     labels = np.asarray(labels)
     split = split_of_ids(names) if split is None else np.asarray(split)
     _check_contents(path, rows.shape[0], labels, names, split, taxonomy)
@@ -130,6 +132,8 @@ def write_dataset(
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError("is a folder", file=path, allowed="the name of a file")
     if path.exists() and not overwrite:
         raise InputError("exists already", file=path, allowed="another name, or overwrite")
 

@@ -11,6 +11,8 @@ from hiertune.config import DataConfig
 from hiertune.errors import InputError
 from hiertune.linnaeus.settings import Settings, text_of
 
+TOTAL_STEPS = "LR_SCHEDULER.TOTAL_STEPS"
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -50,13 +52,24 @@ class Context:
     def images(self) -> bool:
         return self.facts is None or self.facts.images
 
-    @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of the whole training, if the data or the file tells."""
+    def share_of(self, steps: float) -> float | None:
+        """What share of the training so many optimiser steps are, at most 1; None if its length is not known.
+
+        The data tell the length; without them the file's TOTAL_STEPS is taken, and that is to be checked.
+        """
         if self.facts is not None:
             passes = -(-self.facts.train_rows // self.batch_size)
-            return self.epochs * -(-passes // self.accumulation)
-        return self.settings.whole("LR_SCHEDULER.TOTAL_STEPS", 0) or None
+            return min(steps / (self.epochs * -(-passes // self.accumulation)), 1.0)
+        total = self.settings.whole(TOTAL_STEPS, 0)
+        if not total:
+            return None
+        check = (
+            f"shares of the training: of {TOTAL_STEPS} ({total}), which Linnaeus itself replaces by what"
+            " TRAIN.EPOCHS and the data make; --data says it"
+        )
+        if check not in self.checks:
+            self.checks.append(check)
+        return min(steps / total, 1.0)
 
 
 def make_context(settings: Settings, names: Sequence[str] | None, facts: DataFacts | None) -> Context:
@@ -81,11 +94,13 @@ def make_context(settings: Settings, names: Sequence[str] | None, facts: DataFac
         settings.whole("DATA.BATCH_SIZE", 64),
         max(settings.whole("TRAIN.ACCUMULATION_STEPS", 0), 1),
     )
-    total = settings.whole("LR_SCHEDULER.TOTAL_STEPS", 1)
-    counts = {"TRAIN.EPOCHS": epochs, "DATA.BATCH_SIZE": batch, "LR_SCHEDULER.TOTAL_STEPS": total}
-    for key, value in counts.items():
+    for key, value in {"TRAIN.EPOCHS": epochs, "DATA.BATCH_SIZE": batch}.items():
         if value < 1:
             raise settings.refuse(key, f"{value} is out of range", "a whole number of at least 1")
+    total = settings.whole(TOTAL_STEPS, 0)
+    if total < 0:
+        allowed = "a whole number of at least 1, or 0 for none"
+        raise settings.refuse(TOTAL_STEPS, f"{total} is out of range", allowed)
     return Context(
         settings, tasks, dict(zip(tasks, levels[::-1], strict=True)), facts, epochs, batch, accumulation
     )

@@ -126,14 +126,15 @@ def _until(context: Context, keys: Mapping[str, str], to: str, default: float) -
     if wanted <= 0:
         settings.carry(steps, to)
         return 0.0
-    if context.total_steps is None:
+    share = context.share_of(wanted)
+    if share is None:
         settings.drop(
             steps, "the length of the training is not known: give --data or LR_SCHEDULER.TOTAL_STEPS"
         )
         context.checks.append(f"{to}: 1.0, the end of the training, instead of step {wanted}")
         return 1.0
     settings.carry(steps, to)
-    return min(wanted / context.total_steps, 1.0)
+    return share
 
 
 def _null_tasks(context: Context, key: str) -> None:
@@ -229,7 +230,8 @@ def _null_window(context: Context, keys: Mapping[str, str], to: str) -> tuple[fl
         settings.carry(last, to)
         return begin, until
     settings.drop(last, "is None")
-    if context.total_steps is None:
+    share = context.share_of(15000)
+    if share is None:
         context.checks.append(f"{to}: 1.0, the end of the training, instead of step 15000, Linnaeus' default")
         return begin, 1.0
-    return begin, max(min(15000 / context.total_steps, 1.0), begin)
+    return begin, max(share, begin)

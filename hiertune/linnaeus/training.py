@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hiertune.linnaeus.context import Context
+from hiertune.linnaeus.context import TOTAL_STEPS, Context
 from hiertune.linnaeus.settings import Settings, number_of
 
 
@@ -69,34 +69,46 @@ def _schedule(context: Context, lr: float) -> dict[str, Any]:
     lowest = settings.number("LR_SCHEDULER.MIN_LR", 1e-5)
     settings.carry("LR_SCHEDULER.MIN_LR", "schedule.final")
     final = float(f"{min(lowest / lr, 1.0):.12g}") if lr > 0 else 0.0
+    if 0 < lr <= lowest:
+        context.checks.append(
+            "schedule.final: 1.0, so that the rate stays as it is after the warm-up: LR_SCHEDULER.MIN_LR"
+            f" ({lowest:g}) is not below the rate for one process ({lr:g})"
+        )
     warmup = _warmup(context)
-    if context.facts is None:
-        settings.carry("LR_SCHEDULER.TOTAL_STEPS", "the shares that steps become")
+    if context.facts is not None:
+        settings.drop(TOTAL_STEPS, "the data and train.epochs say it")
+    elif settings.whole(TOTAL_STEPS, 0):
+        settings.carry(TOTAL_STEPS, "the shares that steps become")
     else:
-        settings.drop("LR_SCHEDULER.TOTAL_STEPS", "the data and train.epochs say it")
+        settings.drop(TOTAL_STEPS, "is not given")
     return {"kind": "cosine", "warmup": warmup, "final": final}
 
 
 def _warmup(context: Context) -> float:
     settings = context.settings
     fraction, steps, epochs = (f"LR_SCHEDULER.WARMUP_{name}" for name in ("FRACTION", "STEPS", "EPOCHS"))
-    shares = {
+    wanted = {
         fraction: settings.number(fraction, 0.0),
-        steps: settings.whole(steps, 0) / (context.total_steps or 1),
-        epochs: settings.number(epochs, 5.0) / context.epochs,
+        steps: settings.whole(steps, 0),
+        epochs: settings.number(epochs, 5.0),
     }
-    used = next((key for key, share in shares.items() if share > 0), epochs)
-    for key in shares:
+    used = next((key for key, value in wanted.items() if value > 0), epochs)
+    for key in wanted:
         if key != used:
-            settings.drop(key, f"{used} says it" if shares[used] > 0 else "is 0: no warm-up")
-    if used == steps and context.total_steps is None:
+            settings.drop(key, f"{used} says it" if wanted[used] > 0 else "is 0: no warm-up")
+    share: float | None = wanted[used]
+    if used == steps:
+        share = context.share_of(wanted[steps])
+    elif used == epochs:
+        share = wanted[epochs] / context.epochs
+    if share is None:
         settings.drop(
             steps, "the length of the training is not known: give --data or LR_SCHEDULER.TOTAL_STEPS"
         )
         context.checks.append("schedule.warmup: 0.05, because the share of WARMUP_STEPS is not known")
         return 0.05
     settings.carry(used, "schedule.warmup")
-    return float(f"{min(max(shares[used], 0.0), 1.0):.12g}")
+    return float(f"{min(max(share, 0.0), 1.0):.12g}")
 
 
 def _train(context: Context) -> dict[str, Any]:

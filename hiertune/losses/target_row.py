@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from hiertune._text import visible
 from hiertune.losses.taxonomy_smoothing import TaxonomySmoothing
 from hiertune.taxonomy import Taxonomy
 
@@ -56,7 +57,8 @@ class TargetRow:
     """Classes that get some mass, but are not among `receivers`."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(f"{self.level}: {'; '.join(name or '?' for name in self.path)}", style="bold")
+        path = "; ".join(name or "?" for name in self.path)
+        yield Text(f"{self.level}: {visible(path)}", style="bold")
         yield self._relations_table()
         yield ""
         if not self.receivers:
@@ -73,7 +75,10 @@ class TargetRow:
         for relation in self.relations:
             masses = (f"{mass:.4g}" for mass in (relation.each, relation.together))
             table.add_row(
-                Text(relation.name), Text(relation.ancestor or ""), f"{relation.classes:,}", *masses
+                Text(relation.name),
+                Text(visible(relation.ancestor or "")),
+                f"{relation.classes:,}",
+                *masses,
             )
         return table
 
@@ -81,7 +86,7 @@ class TargetRow:
         table = Table("class", "relation", box=None)
         table.add_column("mass", justify="right")
         for receiver in self.receivers:
-            table.add_row(Text(receiver.name), Text(receiver.relation), f"{receiver.mass:.4g}")
+            table.add_row(Text(visible(receiver.name)), Text(receiver.relation), f"{receiver.mass:.4g}")
         return table
 
 

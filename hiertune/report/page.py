@@ -111,6 +111,12 @@ def _comparisons(search: Search) -> list[str]:
         against = control.get("against_winner")
         if against is None:
             continue
+        if against["difference"] is None:
+            sentences.append(
+                f"Against {_words(label)}: –, as the test rows whose class has training rows are too few"
+                f" to compare ({against['rows']})."
+            )
+            continue
         points, low, high = (100 * against[key] for key in ("difference", "low", "high"))
         sentence = (
             f"Against {_words(label)}: {points:+.1f} points of accuracy at the finest level (95% interval"

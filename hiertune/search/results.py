@@ -97,7 +97,9 @@ def resume_command(plan: SearchPlan, trials: int | None = None) -> str:
 
 
 def _verdict(label: str, against: dict[str, Any]) -> str:
-    name = label.replace("_", " ")
+    name = escape(label.replace("_", " "))
+    if against["difference"] is None:
+        return f"winner against {name}: – (n={against['rows']}, too few to compare)"
     points = 100 * against["difference"]
     interval = (
         f"95% interval {100 * against['low']:+.1f} to {100 * against['high']:+.1f}, n={against['rows']}"

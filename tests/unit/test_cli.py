@@ -1,6 +1,7 @@
 """The command line on bad input: one message, exit code 2, nothing started, nothing left."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -226,3 +227,68 @@ def test_what_a_training_notes_is_printed_once(folder, capsys, monkeypatch):
         main(["train", "config.yaml", "--out", "trained"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.count("find_unused_parameters is on") == 1
+
+
+def done(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err) == (0, "")
+    return printed.out
+
+
+def test_names_of_folders_and_classes_are_no_markup(folder, capsys):
+    """Brackets are shown as they are, and nothing that a terminal obeys is printed."""
+    lineages = [("[red]f", "g\x1b[31m")] * 4 + [("[red]f", "[bold]h\n")] * 4
+    taxonomy = Taxonomy.from_lineages(lineages, ["family", "genus"])
+    inputs = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    write_dataset("[x]\x1b.h5", inputs, taxonomy.encode(lineages), taxonomy, list("abcdefgh"))
+    assert done(capsys, "data", "describe", "[x]\x1b.h5").splitlines()[0] == r"[x]\x1b.h5"
+    shown = done(capsys, "data", "smoothing", "[x]\x1b.h5", "--class", "g\x1b[31m")
+    assert shown.splitlines()[0] == r"genus: [red]f; g\x1b[31m"
+    assert r"[bold]h\n" in shown
+    config = GOOD.replace("{loguniform: [1e-4, 1e-2]}", "0.01").replace("search: {trials: 2}\n", "")
+    (folder / "config.yaml").write_text(config)
+    said = done(capsys, "train", "config.yaml", "--out", "[bold]out")
+    assert "the model is in [bold]out/model, its metrics in [bold]out/metrics.json" in said
+    (folder / "[red]run").mkdir()
+    (folder / "[bold]out" / "model").rename(folder / "[red]run" / "model")
+    said = done(capsys, "export", "[red]run", "[/]")
+    assert said == "the winner of [red]run is in [/]\n"
+    assert r"no such file" in refused(capsys, "data", "describe", "[a]\x1b.h5")
+    refused(capsys, "data", "describe", "caf\udce9.h5")
+
+
+def test_the_inputs_are_not_read_into_memory_to_be_counted(folder, capsys, monkeypatch):
+    monkeypatch.delattr("hiertune.data.dataset.Hdf5Inputs.read_all")
+    assert "100 rows" in done(capsys, "data", "describe", "data.h5")
+    (folder / "t.csv").write_text("kind,f\na,1\nb,2\n,3\n")
+    said = done(capsys, "data", "import-table", "t.csv", "t.h5", "--labels", "kind")
+    assert said.splitlines()[0] == "note: 1 of 3 rows are unknown at all levels, and left out"
+    assert "2 rows" in said
+
+
+def test_an_import_that_is_ended_leaves_nothing(folder):
+    """SIGTERM in the middle of the work, as a scheduler sends it."""
+    program = (
+        "import os, signal, sys\n"
+        "from hiertune.cli import main\n"
+        "from hiertune.data import format\n"
+        "def end(*arguments):\n"
+        "    assert any(name.endswith('.tmp') for name in os.listdir())\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "format._check_finite = end\n"
+        "main(['data', 'import-table', 't.csv', 't.h5', '--labels', 'kind'])\n"
+    )
+    (folder / "t.csv").write_text("kind,f\na,1\nb,2\n")
+    before = sorted(path.name for path in folder.iterdir())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_handler_of_sigterm_is_put_back(folder, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    done(capsys, "data", "describe", "data.h5")
+    refused(capsys, "data", "describe", "none.h5")
+    assert signal.getsignal(signal.SIGTERM) is before

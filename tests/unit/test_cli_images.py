@@ -67,6 +67,10 @@ def test_import_images(folder, capsys):
     assert {SPLITS[splits[name]] for name in splits if name.startswith("train")} == {"train", "test"}
 
     assert "out.h5: exists already" in refused(capsys, *command, *options)
+    assert "images: is a folder" in refused(
+        capsys, *command[:3], "images", *options, "--overwrite", "--taxonomy", "classes.csv"
+    )
+    assert "size: is 5000" in refused(capsys, *command, *options, "--size", "5000")
     done(capsys, *command, *options, "--overwrite")
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hiertune import export
+from hiertune.cli import main
 from hiertune.config import (
     ConditionalHeadConfig,
     DataConfig,
@@ -433,6 +436,80 @@ def test_sequences_need_a_model_of_sequences(tmp_path):
     save(tmp_path / "model", kmer=None)
     with pytest.raises(InputError, match="how sequences become its inputs"):
         predict_file(tmp_path / "model", write(tmp_path / "x.fasta", ">a\nACGT\n"))
+
+
+# ------------------------------------------------------------------------------------ image files
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A model of 4 x 4 images, and a folder with 5 of them, their pixels by name."""
+    shape = (4, 4, 3)
+    config = TrialConfig(data=DataConfig(path="d.h5"), model=MODELS["identity"])
+    model = make_model(MODELS["identity"], shape)
+    save_model(tmp_path / "m", model, config, TAXONOMY, None, shape, None)
+    (tmp_path / "photos" / "b").mkdir(parents=True)
+    images = {}
+    for i, name in enumerate(["a.png", "b/1.png", "b/2.png", "c.png", "d.png"]):
+        images[name] = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(images[name]).save(tmp_path / "photos" / name)
+    return images
+
+
+def test_images_are_found_as_the_importer_finds_them(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(export, "_BLOCK_IMAGES", 2)
+    folder = tmp_path / "photos"
+    (folder / ".cache").mkdir()
+    for hidden in (".cache/x.png", "b/.y.png"):
+        shutil.copy(folder / "a.png", folder / hidden)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "b" / "loop").symlink_to(folder)
+    assert predict_file(tmp_path / "m", folder, tmp_path / "out.csv") == []
+    expected = expected_table(tmp_path / "m", photos, np.stack(list(photos.values())))
+    assert read_table(tmp_path / "out.csv") == expected
+    assert predict_file(tmp_path / "m", folder / "c.png", tmp_path / "out.csv") == []
+    expected = expected_table(tmp_path / "m", ["c.png"], photos["c.png"][None])
+    assert read_table(tmp_path / "out.csv") == expected
+
+
+def test_broken_images_can_be_left_out(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setattr(export, "_BLOCK_IMAGES", 2)
+    for name in ("b/2.png", "c.png"):  # a whole block
+        (tmp_path / "photos" / name).write_text("no image")
+        del photos[name]
+    source, out = tmp_path / "photos", tmp_path / "out.csv"
+    with pytest.raises(InputError) as error:
+        predict_file(tmp_path / "m", source, out)
+    assert str(error.value).startswith(f"{source}/b/2.png: cannot be read as an image")
+    assert not out.exists()
+    assert predict_file(tmp_path / "m", source, out, skip_broken=True) == ["b/2.png", "c.png"]
+    assert read_table(out) == expected_table(tmp_path / "m", photos, np.stack(list(photos.values())))
+
+    out.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", str(tmp_path / "m"), str(source), "--out", str(out), "--skip-broken"])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (0, "")
+    assert printed.err == "note: 2 images cannot be read, and are left out: b/2.png, c.png\n"
+    assert len(read_table(out)) == 4
+    with pytest.raises(InputError) as error:
+        predict_file(tmp_path / "m", source / "c.png", tmp_path / "no.csv", skip_broken=True)
+    assert str(error.value) == f"{source}/c.png: none of 1 images can be read"
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match="--skip-broken is for images"):
+        predict_file(tmp_path / "m", tmp_path / "x.npy", tmp_path / "no.csv", skip_broken=True)
+    assert not (tmp_path / "no.csv").exists()
+
+
+def test_image_names_that_are_not_utf8(tmp_path, photos, capsys):
+    source = tmp_path / "photos"
+    (source / "d.png").rename(source / os.fsdecode(b"caf\xe9.png"))
+    (source / "a.png").write_text("not read")
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", str(tmp_path / "m"), str(source)])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err.splitlines()[0] == f"error: {source}: file name: 'caf\\udce9.png' is not UTF-8"
 
 
 # -------------------------------------------------------------------------------------- the winner

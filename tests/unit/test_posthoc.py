@@ -66,19 +66,57 @@ def lines_of(shown):
 
 
 def test_every_rule_is_shown_with_its_metrics_and_the_best_is_marked(run, capsys):
-    code, shown = decode(capsys, run)
+    code, shown = decode(capsys, run, "--all")
     assert code == 0
     tried = metrics_of(run)
     best = best_of(tried, "val/accuracy/genus", "max")
     assert best.rule != AS_TRAINED
-    lines = lines_of(shown)
-    assert "rule accuracy/genus chain_accuracy hierarchical_distance" in lines
-    for each in tried:
-        names = ("accuracy/genus", "chain_accuracy", "hierarchical_distance")
-        values = " ".join(f"{each.metrics[f'val/{name}']:.4f}" for name in names)
-        mark = "★ " if each is best else ""
-        assert f"{mark}{each.rule} {values}" in lines
+    assert lines_of(shown)[:2] == [
+        "On the validation split, best first by val/accuracy/genus",
+        "rule genus chain distance",
+    ]
+    assert lines_of(shown)[3:] == rows_of(sorted(tried, key=lambda t: -t.metrics["val/accuracy/genus"]), best)
+    assert lines_of(shown)[3].startswith("★ ")
     assert load_model(run / "model").rule == AS_TRAINED, "nothing is changed"
+
+
+def rows_of(ranked, best, names=("accuracy/genus", "chain_accuracy", "hierarchical_distance")):
+    values = [" ".join(f"{each.metrics[f'val/{name}']:.4f}" for name in names) for each in ranked]
+    return [
+        f"{'★ ' if each is best else ''}{each.rule.short} {row}"
+        for each, row in zip(ranked, values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "sign", "columns"),
+    [
+        ("accuracy/genus", -1, ("accuracy/genus", "chain_accuracy", "hierarchical_distance")),
+        ("hierarchical_distance", 1, ("hierarchical_distance", "accuracy/genus", "chain_accuracy")),
+    ],
+)
+def test_the_best_are_shown_and_as_trained(run, capsys, metric, sign, columns):
+    tried = metrics_of(run)
+    best = best_of(tried, f"val/{metric}", "max" if sign < 0 else "min")
+    ranked = sorted(tried, key=lambda each: sign * each.metrics[f"val/{metric}"])
+    place = [each.rule for each in ranked].index(AS_TRAINED)
+    assert place >= 8 or metric == "accuracy/genus", "the other metric has it among the best"
+    lines = lines_of(decode(capsys, run, "--metric", f"val/{metric}")[1])
+    shown = ranked[:8] if place < 8 else [*ranked[:8], tried[0]]
+    assert lines[3:-1] == rows_of(shown, best, columns)
+    assert lines[-1] == f"{len(shown)} of {len(tried)} rules; --all shows every one"
+
+
+@pytest.mark.parametrize("metric", ["accuracy/genus", "accuracy_seen/genus"])
+def test_no_row_is_wrapped_at_80_columns(run, capsys, monkeypatch, metric):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, shown = decode(capsys, run, "--all", "--metric", f"val/{metric}")
+    assert max(map(len, shown.splitlines())) <= 80
+    tried = metrics_of(run)
+    columns = dict.fromkeys([metric, "accuracy/genus", "chain_accuracy", "hierarchical_distance"])
+    expected = rows_of(tried, best_of(tried, f"val/{metric}", "max"), columns)
+    assert len({each.rule.short for each in tried}) == len(tried), "short names differ, too"
+    assert set(expected) <= set(lines_of(shown))
 
 
 @pytest.mark.parametrize(
@@ -107,3 +145,14 @@ def test_folders_and_metrics_that_cannot_be_used(run, capsys, tmp_path):
     assert "the winner's validation logits were not kept" in refused(run)
     (run / "summary.json").write_text("{")
     assert "summary.json: can't be read" in refused(run)
+    good = {"objective": {"metric": "val/accuracy/genus", "mode": "max"}, "winner": {"trial": 4}}
+    for summary, key in [
+        ({}, "objective.metric"),
+        ([], "objective.metric"),
+        (good | {"objective": {"metric": "a", "mode": 1}}, "objective.mode"),
+        (good | {"objective": "x"}, "objective.metric"),
+        (good | {"winner": {"trial": "x"}}, "winner.trial"),
+        (good | {"winner": None}, "winner.trial"),
+    ]:
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert f"summary.json: {key}: is missing, or of another kind" in refused(run)

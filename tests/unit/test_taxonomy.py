@@ -474,3 +474,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_importing_the_package_does_not_load_torch():
     code = "import sys, hiertune; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "caf\udce9"])
+def test_names_that_no_file_can_keep_are_refused(name):
+    with pytest.raises(InputError) as error:
+        Taxonomy.from_lineages([("a", "b"), ("a", name)], ["top", "low"])
+    place = sorted(["b", name]).index(name)
+    assert str(error.value).splitlines() == [
+        f"class {place} of level 'low' is named {name!r}",
+        "  allowed: text in UTF-8, without NUL, not empty",
+    ]

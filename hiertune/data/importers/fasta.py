@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from hiertune.data.format import RowBlocks, block_rows, write_dataset
+from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.ranks import clean_rank
 from hiertune.data.importers.text import open_text
 from hiertune.data.kmers import kmer_config, kmer_features
@@ -85,12 +87,13 @@ def import_fasta(
     separator: str = ";",
     unknown: Sequence[str] = (),
     overwrite: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Write a data set of k-mer features from FASTA whose headers are `>ID<TAB>domain;phylum;...`.
 
     levels: names of the ranks, coarse -> fine; a shorter lineage is unknown in its last ranks.
     k, transform: see `kmer_features`. separator: between ranks. unknown: more names that mean
-    "unknown" (see `clean_rank`).
+    "unknown" (see `clean_rank`). Records unknown at all ranks are left out, and `console` says how many.
     Raises InputError with file and line for a bad record.
     """
     path = Path(path)
@@ -105,11 +108,12 @@ def import_fasta(
         lines[record.id] = record.line
         lineages.append(_lineage(path, record, len(levels), separator, unknown))
     taxonomy = Taxonomy.from_lineages(lineages, levels)
+    labels = taxonomy.encode(lineages)
+    kept = known_rows(labels, console or quiet())
+    records = [records[row] for row in kept]
     inputs = _kmer_blocks(path, records, k, transform)
     ids = [record.id for record in records]
-    return write_dataset(
-        out, inputs, taxonomy.encode(lineages), taxonomy, ids, kmer=kmer, overwrite=overwrite
-    )
+    return write_dataset(out, inputs, labels[kept], taxonomy, ids, kmer=kmer, overwrite=overwrite)
 
 
 def _lineage(

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.pixels import (
     ImageOptions,
     file_rows,
     image_ids,
     label_classes,
-    quiet,
+    leads_outside,
     require_files,
     split_rows,
     write_images,
@@ -63,6 +64,7 @@ def import_inat(
     splits: train, val or test for each file. By default each file's name says so; if all say the same, or
     none says anything, the split follows from the ids.
     unknown: more names that mean "unknown" (see `clean_rank`). Ids are `file_name` without its suffix.
+    Images unknown at all levels are left out.
     Raises InputError for JSON of another kind, a missing or unreadable image.
     """
     images, options, console = Path(images), options or ImageOptions(), console or quiet()
@@ -70,20 +72,24 @@ def import_inat(
     names = [name for part in parts for name in part.names]
     split = _splits(parts, splits)
     known = _merge_categories(parts) if categories is None else _read_category_file(Path(categories))
-    used = sorted({number for part in parts for number in part.categories})
+    source = parts[0].path if categories is None else Path(categories)
+    _check_ids(parts, known, source)
     _check_known(parts, known, categories)
-    levels = _levels([known[number] for number in used], levels, unknown, parts[0].path)
-    lineages = [_lineage(known[number], levels, unknown) for number in used]
+    used = sorted({number for part in parts for number in part.categories})
+    levels = _levels([known[number] for number in used], levels, unknown, source)
+    lineages = [_lineage(known[number], levels, unknown, source) for number in used]
     place = {number: i for i, number in enumerate(used)}
     class_of_row = np.array([place[number] for part in parts for number in part.categories], np.int64)
     taxonomy, labels = label_classes(lineages, class_of_row, levels)
     _check_distinct(parts)
+    kept = known_rows(labels, console)
+    names = [names[row] for row in kept]
+    ids = image_ids(names)
     allowed = f"--images is the folder in which {Path(names[0]).parts[0]!r} lies"
     require_files(images, names, options, allowed)
-    ids = image_ids(names)
-    split = split_rows(ids, split, options, console)
+    split = split_rows(ids, None if split is None else split[kept], options)
     load = file_rows(images, names, options.size)
-    return write_images(out, load, labels, taxonomy, ids, split, options, console)
+    return write_images(out, load, labels[kept], taxonomy, ids, split, options, console)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,10 @@ def _read_annotations(path: Path) -> _Annotations:
         if image not in category_of_image:
             problem = f"record {record}: image {image} has no annotation"
             raise InputError(problem, file=path, key="images", allowed="one category for each image")
-        names.append(str(name))
+        if not isinstance(name, str) or leads_outside(name):
+            problem = f"record {record}: file_name is {_short(name)}"
+            raise InputError(problem, file=path, key="images", allowed="a path below --images")
+        names.append(name)
         categories.append(category_of_image[image])
     if not names:
         raise InputError("has no images", file=path, key="images")
@@ -136,8 +145,12 @@ def _read_category_file(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _categories(content: Any, path: Path) -> dict[int, dict[str, Any]]:
-    ids = [number for _, (number, _) in _records(content, "categories", path, "id", "name")]
-    return dict(zip(ids, content["categories"], strict=True))
+    known: dict[int, dict[str, Any]] = {}
+    for record, (number, _) in _records(content, "categories", path, "id", "name"):
+        if known.setdefault(number, content["categories"][record]) != content["categories"][record]:
+            problem = f"record {record} is another category {number}"
+            raise InputError(problem, file=path, key="categories", allowed="one record for each id")
+    return known
 
 
 def _read_json(path: Path) -> Any:
@@ -177,6 +190,18 @@ def _merge_categories(parts: Sequence[_Annotations]) -> dict[int, dict[str, Any]
     return known
 
 
+def _check_ids(parts: Sequence[_Annotations], known: dict[int, dict[str, Any]], source: Path) -> None:
+    """All ids of categories are of one type: else they could not be compared."""
+    first = parts[0].categories[0]
+    places = [(part.path, "annotations", part.categories) for part in parts]
+    for file, key, ids in [*places, (source, "categories", list(known))]:
+        for number in ids:
+            if type(number) is not type(first):
+                problem = f"there are the categories {json.dumps(first)} and {json.dumps(number)}"
+                allowed = "ids that are all numbers, or all texts"
+                raise InputError(problem, file=file, key=key, allowed=allowed)
+
+
 def _check_known(
     parts: Sequence[_Annotations], known: dict[int, dict[str, Any]], categories: str | Path | None
 ) -> None:
@@ -196,10 +221,10 @@ def _levels(
 ) -> Sequence[str]:
     """The levels, checked; by default the ranks there are."""
     if levels is None:
-        ranks = [rank for rank in RANKS if any(_name(category, rank, unknown) for category in used)]
+        ranks = [rank for rank in RANKS if any(_name(category, rank, unknown, path) for category in used)]
         if ranks:
             return [*ranks, "species"]
-        named = any(_name(category, "supercategory", unknown) for category in used)
+        named = any(_name(category, "supercategory", unknown, path) for category in used)
         return ["supercategory", "name"] if named else ["name"]
     keys = list(dict.fromkeys(key for category in used for key in category if key != "id"))
     for level in levels:
@@ -210,13 +235,17 @@ def _levels(
 
 
 def _lineage(
-    category: dict[str, Any], levels: Sequence[str], unknown: Sequence[str]
+    category: dict[str, Any], levels: Sequence[str], unknown: Sequence[str], path: Path
 ) -> tuple[str | None, ...]:
-    return tuple(_name(category, level, unknown) for level in levels)
+    return tuple(_name(category, level, unknown, path) for level in levels)
 
 
-def _name(category: dict[str, Any], level: str, unknown: Sequence[str]) -> str | None:
-    value = category.get("name" if level == "species" else level)
+def _name(category: dict[str, Any], level: str, unknown: Sequence[str], path: Path) -> str | None:
+    key = "name" if level == "species" else level
+    value = category.get(key)
+    if isinstance(value, dict | list | bool):
+        problem = f"category {category['id']}: {key} is {_short(value)}"
+        raise InputError(problem, file=path, key="categories", allowed="a text or a number")
     return None if value is None else clean_rank(str(value), unknown)
 
 

@@ -25,16 +25,16 @@ import numpy as np
 from rich.console import Console
 
 from hiertune.data.format import damage_as_input_error, open_hdf5
+from hiertune.data.importers.notes import known_rows, quiet, tell
 from hiertune.data.importers.pixels import (
     ImageOptions,
     LoadRow,
     file_rows,
     fit_array,
     image_ids,
-    quiet,
+    leads_outside,
     require_files,
     split_rows,
-    tell,
     write_images,
 )
 from hiertune.data.importers.table import Table
@@ -86,13 +86,10 @@ def import_linnaeus(
     options, console = options or ImageOptions(), console or quiet()
     content = _read_labels(labels, levels, names, console)
     taxonomy, encoded = _encode(content, None if taxa is None else Path(taxa), console)
-    kept = np.flatnonzero((encoded >= 0).any(axis=1))
-    if len(kept) < len(encoded):
-        missing = len(encoded) - len(kept)
-        tell(console, f"{missing:,} of {len(encoded):,} rows are unknown at all levels, and left out")
+    kept = known_rows(encoded, console)
     identifiers = [content.identifiers[row] for row in kept]
     ids = image_ids(identifiers)
-    split = split_rows(ids, None, options, console)
+    split = split_rows(ids, None, options)
     with _image_rows(images, content, kept, extension, options) as load:
         return write_images(out, load, encoded[kept], taxonomy, ids, split, options, console)
 
@@ -146,7 +143,13 @@ def _identifiers(file: h5py.File, path: Path) -> list[str]:
             "this dataset is missing or of another kind", file=path, key="img_identifiers", allowed=allowed
         )
     values = dataset[...]
-    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    texts = []
+    for row, value in enumerate(values):
+        try:
+            texts.append(value.decode() if isinstance(value, bytes) else str(value))
+        except UnicodeDecodeError as error:
+            problem = f"row {row} is {bytes(value)!r}"
+            raise InputError(problem, file=path, key="img_identifiers", allowed="text in UTF-8") from error
     if len(set(texts)) < len(texts):
         twice = Counter(texts).most_common(1)[0][0]
         raise InputError(
@@ -269,9 +272,11 @@ def _class_names(lineages: np.ndarray, table: Path | None) -> list[dict[int, str
         return [{number: str(number) for number in of_level} for of_level in ids]
     content = Table.read(table)
     content.check_columns(["id", "name"])
-    name_of = dict(
-        zip(map(str.strip, content.texts("id")), map(str.strip, content.texts("name")), strict=True)
-    )
+    name_of: dict[str, str] = {}
+    rows = zip(map(str.strip, content.texts("id")), map(str.strip, content.texts("name")), strict=True)
+    for row, (number, name) in enumerate(rows):
+        if name_of.setdefault(number, name) != name:
+            raise content.bad_cell(row, "id", "one name for each taxon", " again, with another name")
     missing = [number for of_level in ids for number in of_level if not name_of.get(str(number))]
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
@@ -295,6 +300,12 @@ def _image_rows(
     """What reads the image of each kept row."""
     if images.is_dir():
         names = [labels.identifiers[row] + extension for row in kept]
+        for row, name in zip(kept, names, strict=True):
+            if leads_outside(name):
+                problem = f"row {row} is {labels.identifiers[row]!r}"
+                raise InputError(
+                    problem, file=labels.path, key="img_identifiers", allowed="a path below --images"
+                )
         allowed = "--images DIR --extension .jpg, so that DIR/<img_identifier>.jpg is the image"
         require_files(images, names, options, allowed)
         yield file_rows(images, names, options.size)
@@ -311,16 +322,27 @@ _CHUNK_CACHE = 2**26
 """Bytes of uncompressed chunks that HDF5 keeps: rows that follow one another share them."""
 
 
+def _holds_images(found: Any) -> bool:
+    """uint8 [M, H, W, 3], none zero."""
+    if not isinstance(found, h5py.Dataset) or found.dtype != np.uint8:
+        return False
+    return found.shape[3:] == (3,) and 0 not in found.shape
+
+
 def _hdf5_rows(
     file: h5py.File, path: Path, labels: _Labels, kept: np.ndarray, options: ImageOptions
 ) -> LoadRow:
     images: Any = file.get("images")
-    if not isinstance(images, h5py.Dataset) or images.dtype != np.uint8 or images.shape[3:] != (3,):
+    if not _holds_images(images):
         found = f"{images.dtype} of shape {images.shape}" if isinstance(images, h5py.Dataset) else "missing"
-        allowed = "uint8 [images, height, width, 3]"
+        allowed = "uint8 [images, height, width, 3], none zero"
         raise InputError(f"is {found}", file=path, key="images", allowed=allowed)
     if "img_identifiers" in file:
-        place = {name: i for i, name in enumerate(_identifiers(file, path))}
+        own = _identifiers(file, path)
+        if len(own) != len(images):
+            problem = f"has {len(images):,} rows, but its img_identifiers {len(own):,}"
+            raise InputError(problem, file=path, key="images", allowed="an identifier for each image")
+        place = {name: i for i, name in enumerate(own)}
         wanted = [place.get(labels.identifiers[row], -1) for row in kept]
         missing = [labels.identifiers[row] for row, i in zip(kept, wanted, strict=True) if i < 0]
         if missing and not options.skip_broken:

@@ -1,23 +1,26 @@
-"""What the importers of images share: decoding and resizing by threads, ids, splits, writing."""
+"""What the importers of images share: finding, decoding and resizing by threads, ids, splits, writing."""
 
 from __future__ import annotations
 
 import os
+import posixpath
+import stat
 import struct
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hiertune._text import check_storable
 from hiertune.data.format import RowBlocks, block_rows, write_dataset
+from hiertune.data.importers.notes import tell
 from hiertune.data.splits import SPLITS, hold_out, split_of_ids
 from hiertune.errors import InputError
 from hiertune.taxonomy import Lineage, Taxonomy
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+MOST_PIXELS = 4096
+"""Largest height and width of an import."""
 
 LoadRow = Callable[[int], np.ndarray]
 """Pixels of one row, uint8 [size, size, 3]; InputError if it is broken. Called by several threads."""
@@ -49,9 +55,10 @@ class ImageOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("size", self.size), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise InputError(f"is {value}", key=name, allowed="1 or more")
+        if not 1 <= self.size <= MOST_PIXELS:
+            raise InputError(f"is {self.size}", key="size", allowed=f"1 to {MOST_PIXELS}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"is {self.threads}", key="threads", allowed="1 or more")
         for name, share in (("val_share", self.val_share), ("test_share", self.test_share)):
             if not 0 <= share < 1:
                 raise InputError(f"is {share}", key=name, allowed="0 or more, below 1")
@@ -72,11 +79,15 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
     """
     pillow = _pillow()
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+            raise InputError("is no regular file", file=path)
         with pillow.Image.open(path) as image:
             # a JPEG can be decoded at 1/2, 1/4 or 1/8: twice the size that is wanted loses nothing visible
             image.draft(None, (2 * size, 2 * size))
             pillow.ImageOps.exif_transpose(image, in_place=True)
             return fit_image(image, size)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError("there is no such image", file=path) from error
     except (*_DAMAGE, pillow.Image.DecompressionBombError) as error:
@@ -129,11 +140,77 @@ def _pillow() -> Any:
     return PIL
 
 
+# --------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class FoundFiles:
+    """What is below a folder: paths below it, with "/"."""
+
+    images: list[str] = field(default_factory=list)
+    """Sorted."""
+    others: list[str] = field(default_factory=list)
+    """Files of other kinds, and what is named like an image but is no regular file."""
+    repeated: list[str] = field(default_factory=list)
+    """Links to folders that have been read by another path."""
+
+
+def find_images(folder: Path) -> FoundFiles:
+    """All files below a folder, nothing hidden; InputError if one of its folders cannot be read.
+
+    Links are followed, but each folder is read once, and by its own path if that is below `folder`.
+    """
+    found, read = FoundFiles(), set[tuple[int, int]]()
+    links = [""]
+    for link in links:  # it grows meanwhile: by links, which come after all that needs none
+        folders = [link]
+        while folders:
+            here = folders.pop()
+            try:
+                status = os.stat(folder / here)
+                if (status.st_dev, status.st_ino) in read:
+                    found.repeated.append(here)
+                    continue
+                read.add((status.st_dev, status.st_ino))
+                with os.scandir(folder / here) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                raise InputError(f"cannot be read ({error.strerror})", file=folder / here) from error
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    _sort_in(entry, f"{here}/{entry.name}" if here else entry.name, found, folders, links)
+    found.images.sort()
+    return found
+
+
+def _sort_in(
+    entry: os.DirEntry[str], name: str, found: FoundFiles, folders: list[str], links: list[str]
+) -> None:
+    is_link = entry.is_symlink()
+    if os.path.isdir(entry) if is_link else entry.is_dir():
+        (links if is_link else folders).append(name)
+        return
+    # a link to nothing is a broken image
+    regular = (os.path.isfile(entry) or not os.path.exists(entry)) if is_link else entry.is_file()
+    is_image = regular and name.lower().endswith(IMAGE_SUFFIXES)
+    (found.images if is_image else found.others).append(name)
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name (a path with "/") is of no file below the folder that it starts in."""
+    place = posixpath.normpath(name)
+    return place in (".", "..") or place.startswith(("/", "../"))
+
+
 # ------------------------------------------------------------------------- ids, labels, splits
 
 
 def image_ids(names: Sequence[str]) -> list[str]:
-    """Ids of images by their names (paths with "/"): without suffix where that is unique, else with it."""
+    """Ids of images by their names (paths with "/"): without suffix where that is unique, else with it.
+
+    InputError for a name that cannot be stored.
+    """
+    check_storable(names, key="file name")
     stems = [strip_suffix(name) for name in names]
     taken = Counter(stems)
     taken.update(name for name, stem in zip(names, stems, strict=True) if name != stem)
@@ -156,24 +233,28 @@ def label_classes(
     return taxonomy, taxonomy.encode(here)[of_row]
 
 
-def split_rows(
-    ids: Sequence[str], given: np.ndarray | None, options: ImageOptions, console: Console
-) -> np.ndarray:
+def split_rows(ids: Sequence[str], given: np.ndarray | None, options: ImageOptions) -> np.ndarray:
     """Split of each row: `given` [N] by the source, with the shares held out; else from the ids.
 
-    Without `given`, shares are of all rows. Says which splits have no rows, as a search needs all three.
+    Without `given`, shares are of all rows.
     """
     if given is None:
         if not (options.val_share or options.test_share):
             return split_of_ids(ids)
         given = np.zeros(len(ids), np.int8)
-    split = hold_out(ids, given, val=options.val_share, test=options.test_share)
-    empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
+    return hold_out(ids, given, val=options.val_share, test=options.test_share)
+
+
+def _empty_splits(split: np.ndarray) -> list[str]:
+    return [name for number, name in enumerate(SPLITS) if not (split == number).any()]
+
+
+def _tell_empty(empty: Sequence[str], console: Console) -> None:
+    """Say which splits have no rows: a search needs all three."""
     if empty:
         options_that_help = " and ".join(f"--{name}-share" for name in empty if name != "train")
         hint = f"; {options_that_help} would take rows of train" if options_that_help else ""
         tell(console, f"no row is in {' or '.join(empty)}, and a search needs train, val and test{hint}")
-    return split
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -206,8 +287,13 @@ def write_images(
     options: ImageOptions,
     console: Console,
 ) -> Path:
-    """Write a data set of images, row `i` from `load(i)`; a few images at a time are in memory."""
+    """Write a data set of images, row `i` from `load(i)`; a few images at a time are in memory.
+
+    Says what is left out, and which splits have no rows.
+    """
     _pillow()
+    empty = _empty_splits(split)
+    _tell_empty(empty, console)
     shape = (len(ids), options.size, options.size, 3)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     dropped: list[int] = []
@@ -219,6 +305,8 @@ def write_images(
     if dropped:
         shown = ", ".join(ids[row] for row in dropped[:5]) + (", ..." if len(dropped) > 5 else "")
         tell(console, f"{len(dropped):,} of {len(ids):,} images are broken or missing, and left out: {shown}")
+        if (left := _empty_splits(np.delete(split, dropped))) != empty:
+            _tell_empty(left, console)
     return path
 
 
@@ -231,15 +319,8 @@ def _blocks(
 ) -> Iterator[np.ndarray]:
     block, filled = np.empty((block_rows(shape, 1), *shape[1:]), np.uint8), 0
 
-    def load_or_skip(row: int) -> np.ndarray | None:
-        try:
-            return load(row)
-        except InputError:
-            if options.skip_broken:
-                return None
-            raise
-
-    for row, pixels in enumerate(_in_threads(load_or_skip, range(shape[0]), options.threads or _cores())):
+    rows = loaded(load, range(shape[0]), skip_broken=options.skip_broken, threads=options.threads)
+    for row, pixels in enumerate(rows):
         advance()
         if pixels is None:
             dropped.append(row)
@@ -251,6 +332,25 @@ def _blocks(
             filled = 0
     if filled:
         yield block[:filled]
+
+
+def loaded(
+    load: LoadRow, rows: Iterable[int], *, skip_broken: bool, threads: int | None = None
+) -> Iterator[np.ndarray | None]:
+    """Pixels of each of `rows`, in their order, by threads (by default one per core).
+
+    None for a broken row where they are skipped, else its InputError.
+    """
+
+    def load_or_skip(row: int) -> np.ndarray | None:
+        try:
+            return load(row)
+        except InputError:
+            if skip_broken:
+                return None
+            raise
+
+    return _in_threads(load_or_skip, rows, threads or _cores())
 
 
 def _cores() -> int:
@@ -272,13 +372,3 @@ def _in_threads(function: Callable[[int], Any], rows: Iterable[int], threads: in
         finally:
             for future in ahead:
                 future.cancel()
-
-
-def tell(console: Console, text: str) -> None:
-    """One line about what was done with the data."""
-    console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def quiet() -> Console:
-    """A console that shows nothing."""
-    return Console(quiet=True)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
 from hiertune.data.format import write_dataset
+from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.ranks import clean_rank
 from hiertune.data.importers.text import open_text
 from hiertune.data.splits import SPLITS
@@ -31,6 +33,7 @@ def import_table(
     split_column: str | None = None,
     unknown: Sequence[str] = (),
     overwrite: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Write a data set from a table: `.csv`, `.tsv` (both also `.gz`) or `.parquet`, with a header.
 
@@ -38,7 +41,8 @@ def import_table(
     features: feature columns; by default all other columns with a name that hold numbers. id_column: by
     default ids are row numbers from 0, so the split then depends on the order of the rows.
     split_column: a column with train, val or test; by default the split follows from the ids.
-    unknown: more names that mean "unknown" (see `clean_rank`).
+    unknown: more names that mean "unknown" (see `clean_rank`). Rows unknown at all levels are left out, and
+    `console` says how many.
     Raises InputError with file, line (for Parquet: row) and column for a bad cell.
     """
     table = Table.read(Path(path), [*labels, *filter(None, (id_column, split_column))])
@@ -48,13 +52,17 @@ def import_table(
         zip(*([clean_rank(x, unknown) for x in table.texts(name)] for name in labels), strict=True)
     )
     taxonomy = Taxonomy.from_lineages(lineages, labels)
+    ids = _table_ids(table, id_column)
+    split = None if split_column is None else _table_split(table, split_column)
+    encoded = taxonomy.encode(lineages)
+    kept = known_rows(encoded, console or quiet())
     return write_dataset(
         out,
-        inputs,
-        taxonomy.encode(lineages),
+        inputs if len(kept) == len(inputs) else inputs[kept],
+        encoded[kept],
         taxonomy,
-        _table_ids(table, id_column),
-        None if split_column is None else _table_split(table, split_column),
+        [ids[row] for row in kept],
+        None if split is None else split[kept],
         overwrite=overwrite,
     )
 

@@ -66,3 +66,17 @@ def test_a_class_without_rows_is_no_singleton(good):
 def test_a_bad_file_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         describe(tmp_path / "a.h5")
+
+
+def test_inputs_are_not_read_into_memory(good, monkeypatch):
+    expected = describe(good)
+    monkeypatch.delattr("hiertune.data.dataset.Hdf5Inputs.read_all")
+    assert describe(good) == expected
+
+
+def test_a_path_is_no_markup(good, tmp_path):
+    name = "[red]a\x1b[0m.h5"
+    good.rename(tmp_path / name)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(describe(tmp_path / name))
+    assert r"[red]a\x1b[0m.h5" in console.export_text()

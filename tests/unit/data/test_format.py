@@ -216,9 +216,23 @@ def test_the_writer_refuses_what_the_reader_would(tmp_path, inputs, taxonomy, id
         problem(np.zeros((8, 2, 2, 3)), labels, taxonomy, ids) == "inputs: is float64 of shape (8, 2, 2, 3)"
     )
     assert problem(inputs.astype(str), labels, taxonomy, ids) == "inputs: is <U32 of shape (8, 3)"
+    assert problem(inputs, labels, taxonomy, [*ids[:7], "h\0"]) == r"ids: 'h\x00' holds NUL"
+    assert problem(inputs, labels, taxonomy, [*ids[:7], "\ud800"]) == r"ids: '\ud800' is not UTF-8"
     path = tmp_path / "no" / "a.h5"
     assert problem(inputs, labels, taxonomy, ids) == "its folder does not exist"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_never_overwritten(tmp_path, inputs, taxonomy, ids, overwrite):
+    def blocks():
+        raise AssertionError("too late")
+        yield inputs
+
+    rows = RowBlocks((8, 3), np.dtype(np.float32), blocks())
+    with pytest.raises(InputError) as error:
+        write_dataset(tmp_path, rows, taxonomy.encode(LINEAGES), taxonomy, ids, overwrite=overwrite)
+    assert str(error.value) == f"{tmp_path}: is a folder\n  allowed: the name of a file"
 
 
 def test_an_unwritable_folder_is_bad_input(tmp_path, inputs, taxonomy, ids, monkeypatch):

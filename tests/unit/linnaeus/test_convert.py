@@ -471,6 +471,57 @@ LOSS: {GRAD_WEIGHTING: {TASK: {TYPE: static}}}
     assert "square" in " ".join(imported(tmp_path, plain.replace("standard", "grouped")).differs)
 
 
+def checks_of(tmp_path, text, **options):
+    checks = imported(tmp_path, text, **options).checks
+    return [check for check in checks if check.startswith(("shares", "schedule.final"))]
+
+
+def test_a_constant_rate_is_to_be_checked(tmp_path):
+    rates = "TRAIN: {EPOCHS: 40}\nLR_SCHEDULER: {BASE_LR: 8e-5, MIN_LR: LOWEST}\n"
+    said = "schedule.final: 1.0, so that the rate stays as it is after the warm-up: LR_SCHEDULER.MIN_LR"
+    for lowest, shown in (("1e-5", "1e-05"), ("2e-5", "2e-05")):
+        text = rates.replace("LOWEST", lowest)
+        assert config_of(tmp_path, text).schedule.final == 1.0
+        rest = f"({shown}) is not below the rate for one process (1e-05)"
+        assert checks_of(tmp_path, text) == [f"{said} {rest}"]
+    assert checks_of(tmp_path, rates.replace("LOWEST", "9e-6")) == []
+
+
+TOTAL = (
+    "shares of the training: of LR_SCHEDULER.TOTAL_STEPS (60000), which Linnaeus itself replaces by what"
+    " TRAIN.EPOCHS and the data make; --data says it"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("LR_SCHEDULER: {TOTAL_STEPS: 60000, WARMUP_STEPS: 3000, BASE_LR: 1.0}", [TOTAL]),
+        ("SCHEDULE: {MIX: {PROB: {END_STEPS: 30000}}}\nLR_SCHEDULER: {TOTAL_STEPS: 60000}", [TOTAL]),
+        ("LR_SCHEDULER: {TOTAL_STEPS: 60000, WARMUP_FRACTION: 0.1}", []),
+        ("LR_SCHEDULER: {TOTAL_STEPS: 0, WARMUP_STEPS: 3000}", []),
+    ],
+)
+def test_shares_of_total_steps_are_to_be_checked(tmp_path, text, expected):
+    assert checks_of(tmp_path, text) == expected
+
+
+def test_the_data_say_how_many_steps_there_are(tmp_path):
+    text = "{TRAIN: {EPOCHS: 10}, LR_SCHEDULER: {TOTAL_STEPS: 60000, WARMUP_STEPS: 25}}"
+    names = ("a", "b", "c", "d")
+    facts = DataFacts("data.h5", names, False, train_rows=64 * 10)
+    result = imported(tmp_path, text, names=names, facts=facts)
+    assert result.config.schedule.warmup == 0.25
+    assert [check for check in result.checks if "shares" in check] == []
+
+
+def test_no_total_steps_are_none_given(tmp_path):
+    result = imported(tmp_path, "LR_SCHEDULER: {TOTAL_STEPS: 0, WARMUP_STEPS: 3000}")
+    assert result.config.schedule.warmup == 0.05
+    assert reasons(result)["LR_SCHEDULER.TOTAL_STEPS"] == "is not given"
+    assert "schedule.warmup: 0.05, because the share of WARMUP_STEPS is not known" in result.checks
+
+
 # -------------------------------------------------------------------------------- bad values
 
 BAD = {
@@ -486,6 +537,12 @@ BAD = {
         3,
         "DATA.PARTIAL.LEVELS: got 3",
         "true or false",
+    ),
+    "less than no steps": (
+        "LR_SCHEDULER:\n  TOTAL_STEPS: -1\n",
+        2,
+        "LR_SCHEDULER.TOTAL_STEPS: -1 is out of range",
+        "of at least 1, or 0 for none",
     ),
     "no epochs": ("TRAIN:\n  EPOCHS: 0\n", 2, "TRAIN.EPOCHS: 0 is out of range", "of at least 1"),
     "an unknown head": (
@@ -658,7 +715,7 @@ _VALUES = {
     "MIN_LR": st.sampled_from([0, 1e-5]),
     "START_EPOCH": st.sampled_from([0, 5]),
     "END_EPOCH": st.sampled_from([5, 900]),
-    "TOTAL_STEPS": st.integers(1, 10**6),
+    "TOTAL_STEPS": st.integers(0, 10**6),
     "GROUP_LEVELS": st.sampled_from([["taxa_L10"], ["taxa_L20", "taxa_L10"]]),
     "NULL_TASK_KEYS": st.sampled_from([_TASKS, ["taxa_L10"], None]),
     "PROB.TYPE": st.sampled_from(["constant", "linear", "cosine"]),

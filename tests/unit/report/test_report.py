@@ -95,6 +95,18 @@ def test_winner_beside_controls(finished):
     assert rows["hierarchical_distance"] == ["2.0840", "2.1260", "2.0800 ★"]
 
 
+def test_a_comparison_of_nothing(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    nothing = {"rows": 1, "difference": None, "low": None, "high": None, "p_value": None}
+    summary["controls"]["flat"]["against_winner"] = nothing
+    (finished / "summary.json").write_text(json.dumps(summary))
+    text = page_of(finished).text
+    assert (
+        "Against flat: –, as the test rows whose class has training rows are too few to compare (1)." in text
+    )
+    assert "Against nearest neighbour: " in text
+
+
 def decoded(finished, **decoding):
     summary = json.loads((finished / "summary.json").read_text())
     summary["winner"]["decoding"] = decoding

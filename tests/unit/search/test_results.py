@@ -1,12 +1,15 @@
 """What is printed at the end can be typed."""
 
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from hiertune.search import results
 from hiertune.search.ledger import TrialRecord
-from hiertune.search.outputs import RunFolder
+from hiertune.search.outputs import RunFolder, write_summary
+from hiertune.search.winner import Comparison
 
 
 def plan(tmp_path, runs="runs", name="it"):
@@ -49,3 +52,27 @@ def test_the_leaderboard_has_completed_trials_from_the_best_on():
     assert list(table.columns[3].cells) == ["[dim]x[/]\N{NO-BREAK SPACE}3", "[dim]x[/]\N{NO-BREAK SPACE}1"]
     smallest = results.leaderboard(records, "val/loss", "min")
     assert list(smallest.columns[1].cells) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("against", "expected"),
+    [
+        (
+            (200, 0.021, 0.004, 0.038, 0.01),
+            "+2.1 points (95% interval +0.4 to +3.8, n=200): [green]better[/]",
+        ),
+        ((1, None, None, None, None), "– (n=1, too few to compare)"),
+        ((0, None, None, None, None), "– (n=0, too few to compare)"),
+    ],
+)
+def test_the_verdict(against, expected):
+    said = results._verdict("nearest_neighbour", asdict(Comparison(*against)))
+    assert said == f"winner against nearest neighbour: {expected}"
+
+
+def test_a_comparison_of_nothing_can_be_written(tmp_path):
+    """What `summarise` makes of it is JSON, and read again as it was."""
+    comparison = asdict(Comparison(0, None, None, None, None))
+    write_summary(tmp_path / "summary.json", {"controls": {"flat": {"against_winner": comparison}}})
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["controls"]["flat"]["against_winner"] == comparison

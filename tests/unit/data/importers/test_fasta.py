@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from hiertune.config import DataConfig, KmerConfig
 from hiertune.data import import_fasta, open_dataset, split_of_ids
@@ -148,3 +150,15 @@ def test_a_level_without_names(tmp_path):
     path = tmp_path / "a.fasta"
     path.write_text(">a\tX;unknown\nACGT\n")
     assert "level 'low' is empty" in message(import_fasta, path, tmp_path / "out.h5", ["top", "low"], k=2)
+
+
+def test_records_unknown_at_all_ranks_are_left_out(tmp_path):
+    path, out = tmp_path / "a.fasta", tmp_path / "a.h5"
+    path.write_text(">a\tX;p\nACGT\n>b\tunknown;NA\nACGT\n>c\tX;unknown\nCCCC\n")
+    console = Console(file=io.StringIO(), width=300)
+    import_fasta(path, out, ["top", "low"], k=1, transform="counts", console=console)
+    data = open_dataset(DataConfig(path=str(out)), require=())
+    assert data.ids.tolist() == ["a", "c"]
+    assert data.labels.tolist() == [[0, 0], [0, -1]]
+    assert data.inputs.rows(np.arange(2)).tolist() == [[1, 1, 1, 1], [0, 4, 0, 0]]
+    assert console.file.getvalue() == "note: 1 of 3 rows are unknown at all levels, and left out\n"

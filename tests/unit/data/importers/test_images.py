@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 
 import numpy as np
 import pandas as pd
@@ -67,15 +68,76 @@ def test_columns_can_be_chosen(tmp_path, classes, open_images, paths_of):
 
 def test_folders_of_splits(tmp_path, image, open_images, paths_of):
     folder = tmp_path / "images"
-    files = ["train/cat/1.png", "train/dog/deeper/2.png", "valid/cat/1.png", "test/dog/4.png"]
+    files = ["Train/cat/1.png", "Train/dog/deeper/2.png", "VALID/cat/1.png", "test/dog/4.png"]
     for seed, name in enumerate(files):
         image(folder / name, seed)
     table = write_table(tmp_path / "t.csv")
     import_images(folder, tmp_path / "out.h5", table, ["family"], options=SMALL)
     data, _ = open_images(tmp_path / "out.h5")
-    assert data.ids.tolist() == ["test/dog/4", "train/cat/1", "train/dog/deeper/2", "valid/cat/1"]
-    assert data.split.tolist() == [2, 0, 0, 1]
-    assert paths_of(data) == [("Canidae",), ("Felidae",), ("Canidae",), ("Felidae",)]
+    assert data.ids.tolist() == ["Train/cat/1", "Train/dog/deeper/2", "VALID/cat/1", "test/dog/4"]
+    assert data.split.tolist() == [0, 0, 1, 2]
+    assert paths_of(data) == [("Felidae",), ("Canidae",), ("Felidae",), ("Canidae",)]
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "others"),
+    [
+        (["train/a/1.png", "val/a/1.png", "extra/a/1.png"], "'train', 'val'", "'extra'"),
+        (["Test/1.png", "car/1.png", "bus/1.png"], "'Test'", "'bus', 'car'"),
+        (["validation/a/1.png", "1.png"], "'validation'", "'.'"),
+    ],
+)
+def test_splits_beside_other_folders_are_not_guessed(tmp_path, image, message, files, splits, others):
+    folder = tmp_path / "images"
+    for name in files:
+        image(folder / name)
+    (folder / "empty").mkdir()
+    found = message(import_images, folder, tmp_path / "out.h5", levels=["a", "b"], options=SMALL)
+    assert found.splitlines() == [
+        f"{folder}: has images in {splits}, which name splits, and in {others}, which do not",
+        "  allowed: either splits alone (train, val, valid, validation, test) or none",
+    ]
+
+
+def test_links_are_followed_once(tmp_path, image, open_images):
+    folder = tmp_path / "images"
+    image(folder / "cat/1.png", 1)
+    image(tmp_path / "elsewhere/2.png", 2)
+    (folder / "cat/again").symlink_to(folder)  # a loop
+    (folder / "alias").symlink_to(folder / "cat")  # read before cat, were links as good as folders
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    console = Console(file=io.StringIO(), width=300)
+    options = {"levels": ["kind"], "options": SMALL, "console": console}
+    import_images(folder, tmp_path / "out.h5", **options)
+    assert open_images(tmp_path / "out.h5")[0].ids.tolist() == ["cat/1", "dog/2"]
+    said = "note: links to folders that are read anyway are left out: alias, cat/again\n"
+    assert said in console.file.getvalue()
+
+
+def test_images_unknown_at_all_levels_are_left_out(tmp_path, classes, open_images):
+    table = write_table(tmp_path / "t.csv", TABLE.replace("Diptera,,M. domestica", ",unknown,NA"))
+    console = Console(file=io.StringIO(), width=300)
+    (tmp_path / "images/fly/0.png").write_text("broken, but not read")
+    import_images(tmp_path / "images", tmp_path / "out.h5", table, options=SMALL, console=console)
+    data, pixels = open_images(tmp_path / "out.h5")
+    assert data.ids.tolist() == ["cat/0", "cat/1", "dog/0", "dog/1", "owl/0", "owl/1"]
+    kept = [pixels for name, pixels in classes.items() if not name.startswith("fly")]
+    assert np.array_equal(pixels, np.stack(kept))
+    assert "note: 2 of 8 rows are unknown at all levels, and left out\n" in console.file.getvalue()
+
+
+def test_names_that_are_not_utf8(tmp_path, image, message):
+    """Before an image is read: these are none."""
+    folder, out = tmp_path / "images", tmp_path / "out.h5"
+    (folder / "cat").mkdir(parents=True)
+    bad = os.fsdecode(b"caf\xe9")
+    (folder / "cat" / f"{bad}.jpg").write_text("no image")
+    found = message(import_images, folder, out, levels=["kind"], options=SMALL)
+    assert found == r"file name: 'cat/caf\udce9.jpg' is not UTF-8" + "\n  allowed: text in UTF-8, without NUL"
+    (folder / "cat" / f"{bad}.jpg").rename(folder / "cat" / "1.jpg")
+    (folder / "cat").rename(folder / bad)
+    found = message(import_images, folder, out, levels=["kind"], options=SMALL)
+    assert found.splitlines()[0] == r"class 0 of level 'kind' is named 'caf\udce9'"
 
 
 def test_one_split_alone_is_none(tmp_path, image, open_images):
@@ -160,6 +222,7 @@ def test_skipping_broken_images(tmp_path, classes, open_images, message):
         (TABLE + "cat,Carnivora,Felidae,F. catus\n\ncat,Diptera,,x\n", {}, "t.csv",
          ":8: column 'folder' is 'cat' again, with another lineage"),
         ("folder,order\n", {}, "t.csv", ": has no rows"),
+        ("folder\ncat\ndog\nfly\nowl\n", {}, "t.csv", ": has no column besides 'folder'"),
     ],
 )  # fmt: skip
 def test_bad_tables(tmp_path, classes, message, text, options, file, expected):

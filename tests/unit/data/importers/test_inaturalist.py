@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from hiertune.data import ImageOptions, import_inat, split_of_ids
 
@@ -149,10 +151,15 @@ def test_ranks_may_be_missing(tmp_path, year, open_images, paths_of):
         {"id": 3, "name": "misc"},
     ]
     train, _ = year("all.json", categories, [("a.png", 0), ("b.png", 7), ("c.png", 3)])
-    import_inat([train], tmp_path / "out.h5", tmp_path / "images", unknown=["MISC"], options=SMALL)
+    console = Console(file=io.StringIO(), width=300)
+    options = {"unknown": ["MISC"], "options": SMALL, "console": console}
+    (tmp_path / "images/c.png").unlink()  # it is not asked for
+    import_inat([train], tmp_path / "out.h5", tmp_path / "images", **options)
     data, _ = open_images(tmp_path / "out.h5")
     assert data.levels == ("family", "genus", "species")
-    assert paths_of(data) == [("F", None, "A b"), (None, "C", "C d"), (None, None, None)]
+    assert data.ids.tolist() == ["a", "b"]
+    assert paths_of(data) == [("F", None, "A b"), (None, "C", "C d")]
+    assert "note: 1 of 3 rows are unknown at all levels, and left out" in console.file.getvalue()
 
 
 def test_boxes_of_2017_annotate_an_image_more_than_once(tmp_path, year, open_images, message):
@@ -201,6 +208,25 @@ IMAGES = [("a.png", 0), ("b.png", 7)]
         ("x.json", {"annotations": [5]}, "annotations: record 0 is 5"),
         ("x.json", {"annotations": []}, "images: record 0: image 608 has no annotation"),
         ("x.json", {"images": []}, "images: has no images"),
+        ("x.json", {"images": [{"id": 608, "file_name": ""}]}, 'images: record 0: file_name is ""'),
+        ("x.json", {"images": [{"id": 608, "file_name": 5}]}, "images: record 0: file_name is 5"),
+        ("x.json", {"images": [{"id": 608, "file_name": "/etc/a.png"}]},
+         'images: record 0: file_name is "/etc/a.png"'),
+        ("x.json", {"images": [{"id": 608, "file_name": "a/../../b.png"}]},
+         'images: record 0: file_name is "a/../../b.png"'),
+        ("x.json", {"categories": [*CATEGORIES_2017, CATEGORIES_2017[0] | {"name": "another"}]},
+         "categories: record 3 is another category 0"),
+        ("x.json", {"categories": [*CATEGORIES_2017, {"id": "8", "name": "x"}]},
+         'categories: there are the categories 0 and "8"'),
+        ("x.json", {"annotations": [{"image_id": 608, "category_id": 7},
+                                    {"image_id": 609, "category_id": "7"}]},
+         'annotations: there are the categories 7 and "7"'),
+        ("x.json", {"categories": [c | {"genus": ["a"]} for c in CATEGORIES_2017]},
+         'categories: category 0: genus is ["a"]'),
+        ("x.json", {"categories": [c | {"name": True} for c in CATEGORIES_2017]},
+         "categories: category 0: name is true"),
+        ("x.json", {"categories": [c | {"supercategory": {}} for c in CATEGORIES_2017]},
+         "categories: category 0: supercategory is {}"),
     ],
 )  # fmt: skip
 def test_bad_annotations(tmp_path, year, message, name, changes, expected):
@@ -212,6 +238,34 @@ def test_bad_annotations(tmp_path, year, message, name, changes, expected):
     found = message(import_inat, [path], tmp_path / "out.h5", tmp_path / "images", options=SMALL)
     assert found.splitlines()[0] == f"{path}: {expected}"
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_a_category_may_occur_twice_and_ranks_may_be_numbers(tmp_path, year, open_images, paths_of):
+    categories = [category | {"genus": 5} for category in CATEGORIES_2017]
+    train, _ = year("x.json", [*categories, categories[0]], IMAGES)
+    import_inat([train], tmp_path / "out.h5", tmp_path / "images", options=SMALL)
+    data, _ = open_images(tmp_path / "out.h5")
+    assert paths_of(data) == [("5", "Apis mellifera"), ("5", "Corvus corax")]
+
+
+@pytest.mark.parametrize("name", ["a\0", "a\ud800"])
+def test_names_that_cannot_be_stored(tmp_path, year, message, name):
+    """Before an image is read: there is none."""
+    train, _ = year("x.json", [CATEGORIES_2017[0] | {"name": name}, CATEGORIES_2017[1]], IMAGES)
+    (tmp_path / "images/a.png").write_text("no image")
+    found = message(import_inat, [train], tmp_path / "out.h5", tmp_path / "images", options=SMALL)
+    assert found.splitlines() == [
+        f"class 1 of level 'name' is named {name!r}",
+        "  allowed: text in UTF-8, without NUL, not empty",
+    ]
+    content = json.loads(train.read_text()) | {"categories": CATEGORIES_2017}
+    content["images"][1]["file_name"] = name
+    train.write_text(json.dumps(content))
+    found = message(import_inat, [train], tmp_path / "out.h5", tmp_path / "images", options=SMALL)
+    assert found.splitlines()[0] in (
+        f"file name: {name!r} holds NUL",
+        f"file name: {name!r} is not UTF-8",
+    )
 
 
 def test_bad_files_and_options(tmp_path, year, message):

@@ -127,6 +127,9 @@ def test_taxa_get_names(tmp_path, labels, folder, open_images, paths_of, message
     (tmp_path / "taxa.csv").write_text(f"id,name\n{rows.replace('12,c', '12,')}".replace("13,d\n", ""))
     found = message(import_linnaeus, path, tmp_path / "b.h5", images, taxa=tmp_path / "taxa.csv")
     assert found.splitlines()[0] == f"{tmp_path}/taxa.csv: name: has no name for 2 of the taxa: 12, 13"
+    (tmp_path / "taxa.csv").write_text(f"id,name\n{rows}10,a\n10,b\n")
+    found = message(import_linnaeus, path, tmp_path / "b.h5", images, taxa=tmp_path / "taxa.csv")
+    assert found.splitlines()[0] == f"{tmp_path}/taxa.csv:15: column 'id' is '10' again, with another name"
     (tmp_path / "taxa.csv").write_text("taxon_id,name\n1,a\n")
     found = message(import_linnaeus, path, tmp_path / "b.h5", images, taxa=tmp_path / "taxa.csv")
     assert found.splitlines()[0] == f"{tmp_path}/taxa.csv: has no column 'id'"
@@ -288,6 +291,7 @@ def test_bad_options(tmp_path, labels, message, options, expected):
     [
         ("img_identifiers", None, "img_identifiers: this dataset is missing or of another kind"),
         ("img_identifiers", ["a", "a"], "img_identifiers: 'a' occurs twice"),
+        ("img_identifiers", np.array([b"a", b"caf\xe9"]), r"img_identifiers: row 1 is b'caf\xe9'"),
         ("taxa_L10", np.ones(8), "taxa_L10: is float64 of shape (8,)"),
         ("taxa_L10", np.ones(7, np.uint32), "taxa_L10: is uint32 of shape (7,)"),
         ("taxa_L10", np.arange(8) - 3, "taxa_L10: row 0 is -3"),
@@ -301,6 +305,34 @@ def test_bad_labels(tmp_path, labels, message, name, values, expected):
             file[name] = values
     found = message(import_linnaeus, path, tmp_path / "out.h5", tmp_path)
     assert found.splitlines()[0] == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/a", "b/../../a", "."])
+def test_identifiers_that_lead_out_of_the_folder(tmp_path, labels, folder, message, name):
+    path = labels(identifiers=[*IDENTIFIERS[:3], name, *IDENTIFIERS[4:]])
+    found = message(import_linnaeus, path, tmp_path / "out.h5", folder[0], options=SMALL)
+    assert found.splitlines() == [
+        f"{path}: img_identifiers: row 3 is {name!r}",
+        "  allowed: a path below --images",
+    ]
+
+
+@pytest.mark.parametrize("identifiers", [None, IDENTIFIERS[:3]])
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (8, 0, 8, 3), (8, 8, 0, 3)])
+def test_images_of_no_size(tmp_path, labels, message, shape, identifiers):
+    images = write_images(tmp_path / "images.h5", np.zeros(shape, np.uint8), identifiers)
+    found = message(import_linnaeus, labels(), tmp_path / "out.h5", images, options=SMALL)
+    assert found.splitlines() == [
+        f"{images}: images: is uint8 of shape {shape}",
+        "  allowed: uint8 [images, height, width, 3], none zero",
+    ]
+
+
+def test_an_identifier_for_each_image(tmp_path, labels, folder, message):
+    images = write_images(tmp_path / "images.h5", folder[1][:5], IDENTIFIERS)
+    found = message(import_linnaeus, labels(), tmp_path / "out.h5", images, options=SMALL)
+    assert found.splitlines()[0] == f"{images}: images: has 5 rows, but its img_identifiers 8"
+    assert not (tmp_path / "out.h5").exists()
 
 
 def test_other_bad_files(tmp_path, labels, folder, message):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 
@@ -11,12 +12,14 @@ from rich.console import Console
 
 from hiertune import Taxonomy
 from hiertune.data import ImageOptions, split_of_ids
+from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.pixels import (
     _in_threads,
+    find_images,
     fit_array,
     fit_image,
     image_ids,
-    quiet,
+    leads_outside,
     read_image,
     split_rows,
     write_images,
@@ -160,6 +163,7 @@ def test_ids(names, ids):
     ("options", "expected"),
     [
         ({"size": 0}, "size: is 0"),
+        ({"size": 4097}, "size: is 4097"),
         ({"threads": 0}, "threads: is 0"),
         ({"val_share": 1.0}, "val_share: is 1.0"),
         ({"test_share": -0.1}, "test_share: is -0.1"),
@@ -172,21 +176,75 @@ def test_options_are_checked(message, options, expected):
 
 def test_splits():
     ids = [f"row{i}" for i in range(4000)]
-    assert np.array_equal(split_rows(ids, None, ImageOptions(), quiet()), split_of_ids(ids))
+    assert np.array_equal(split_rows(ids, None, ImageOptions()), split_of_ids(ids))
 
     shares = ImageOptions(val_share=0.1, test_share=0.2)
-    all_rows = split_rows(ids, None, shares, quiet())
+    all_rows = split_rows(ids, None, shares)
     assert np.bincount(all_rows) / 4000 == pytest.approx([0.7, 0.1, 0.2], abs=0.02)
 
     given = np.repeat(np.array([0, 1], np.int8), 2000)
-    console = Console(file=io.StringIO(), width=300)
-    assert split_rows(ids, given, ImageOptions(), console).tolist() == given.tolist()
-    assert "no row is in test, and a search needs" in console.file.getvalue()
-    assert "--test-share" in console.file.getvalue()
-    held_out = split_rows(ids, given, ImageOptions(test_share=0.2), quiet())
+    assert split_rows(ids, given, ImageOptions()).tolist() == given.tolist()
+    held_out = split_rows(ids, given, ImageOptions(test_share=0.2))
     assert (held_out[2000:] == 1).all(), "the source's validation rows stay"
     assert np.array_equal(held_out[:2000] == 2, all_rows[:2000] == 2), "which rows follows from the ids alone"
     assert not (held_out[:2000] == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "outside"),
+    [
+        ("a.png", False),
+        ("a/../b.png", False),
+        ("..a/b.png", False),
+        ("./a.png", False),
+        ("../a.png", True),
+        ("a/../../b.png", True),
+        ("/a.png", True),
+        ("//a.png", True),
+        ("..", True),
+        (".", True),
+        ("", True),
+        ("a/..", True),
+    ],
+)
+def test_names_that_lead_outside(name, outside):
+    assert leads_outside(name) == outside
+
+
+def test_what_is_in_a_folder(tmp_path, image):
+    for name in ("b/1.PNG", "a.jpg", "b/c/2.webp", ".hidden/3.png", "b/.4.png", "b/5.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    os.mkfifo(tmp_path / "images/pipe.jpg")
+    (tmp_path / "images/gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "images/self").symlink_to(tmp_path / "images/self")
+    (tmp_path / "images/file.png").symlink_to(tmp_path / "images/a.jpg")
+    found = find_images(tmp_path / "images")
+    assert found.images == ["a.jpg", "b/1.PNG", "b/c/2.webp", "file.png", "gone.jpg"]
+    assert sorted(found.others) == ["b/5.txt", "pipe.jpg", "self"]
+    assert found.repeated == []
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, message, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
+    assert message(find_images, tmp_path) == f"{tmp_path}: cannot be read (Permission denied)"
+
+
+def test_pipes_are_not_waited_for(tmp_path, message):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert message(read_image, tmp_path / "a.jpg", 8) == f"{tmp_path / 'a.jpg'}: is no regular file"
+
+
+def test_known_rows():
+    console = Console(file=io.StringIO(), width=300)
+    assert known_rows(np.array([[-1, 0], [-1, -1], [2, -1], [-1, -1]]), console).tolist() == [0, 2]
+    assert console.file.getvalue() == "note: 2 of 4 rows are unknown at all levels, and left out\n"
+    assert known_rows(np.array([[0], [1]]), console).tolist() == [0, 1]
+    assert console.file.getvalue().count("note") == 1
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -194,10 +252,10 @@ def test_splits():
 TAXONOMY = Taxonomy.from_lineages([("a",), ("b",)], ["top"])
 
 
-def write(out, load, rows, *, console=None, **options):
+def write(out, load, rows, *, console=None, split=None, **options):
     options = ImageOptions(size=8, **options)
     labels, ids = np.arange(rows)[:, None] % 2, [f"row{i}" for i in range(rows)]
-    split = (np.arange(rows) % 3).astype(np.int8)
+    split = (np.arange(rows) % 3 if split is None else np.array(split)).astype(np.int8)
     return write_images(out, load, labels, TAXONOMY, ids, split, options, console or quiet())
 
 
@@ -267,6 +325,38 @@ def test_broken_rows_are_left_out(tmp_path, open_images):
     assert np.array_equal(pixels[:, 0, 0, 0], kept % 251)
     told = "4 of 6,000 images are broken or missing, and left out: row0, row3, row4000, row5999"
     assert told in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("split", "broken", "expected"),
+    [
+        ([0, 1, 2, 2], [], []),
+        ([0, 1, 2, 2], [3], []),
+        ([0, 1, 2, 2], [2, 3], ["test"]),
+        ([0, 1, 1, 1], [1], ["test"]),
+        ([0, 1, 0, 0], [1], ["test", "val or test"]),
+        ([1, 1, 1, 1], [], ["train or test"]),
+    ],
+)
+def test_splits_without_rows_are_told(tmp_path, split, broken, expected):
+    """Before the work, and again if what is left out makes another difference."""
+
+    def load(row):
+        if row in broken:
+            raise InputError("broken")
+        return picture(row)
+
+    console = Console(file=io.StringIO(), width=300)
+    write(tmp_path / "a.h5", load, 4, split=split, skip_broken=True, console=console)
+    told = [line for line in console.file.getvalue().splitlines() if "no row is in" in line]
+    hints = [
+        " and ".join(f"--{name}-share" for name in names.split(" or ") if name != "train")
+        for names in expected
+    ]
+    assert told == [
+        f"note: no row is in {names}, and a search needs train, val and test; {hint} would take rows of train"
+        for names, hint in zip(expected, hints, strict=True)
+    ]
 
 
 def test_nothing_is_written_where_all_is_broken(tmp_path, message):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from hiertune.config import DataConfig
 from hiertune.data import import_table, open_dataset, split_of_ids
@@ -77,12 +79,14 @@ def test_numbers_can_be_labels_and_ids(tmp_path, name):
     else:  # without pandas' own notes on types, an integer column with gaps could become 3.0, nan, 2.0
         columns = {"id": [10, 11, 12], "kind": [3, None, 2], "f": [0.5, 1.0, 2.0]}
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    import_table(path, out, ["kind"], id_column="id")
+    console = Console(file=io.StringIO(), width=300)
+    import_table(path, out, ["kind"], id_column="id", console=console)
     data, rows = open_rows(out)
     assert data.taxonomy.names == (("2", "3"),)
-    assert data.labels.tolist() == [[1], [-1], [0]]
-    assert data.ids.tolist() == ["10", "11", "12"]
-    assert rows.tolist() == [[0.5], [1], [2]]
+    assert data.labels.tolist() == [[1], [0]]
+    assert data.ids.tolist() == ["10", "12"]
+    assert rows.tolist() == [[0.5], [2]]
+    assert console.file.getvalue() == "note: 1 of 3 rows are unknown at all levels, and left out\n"
 
 
 def test_row_numbers_and_dates_are_no_features(tmp_path):

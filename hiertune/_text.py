@@ -1,0 +1,45 @@
+"""Texts that come from outside: which can be kept in files, and how all can be shown."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from hiertune.errors import InputError
+
+STORABLE = "text in UTF-8, without NUL"
+
+
+def is_storable(text: str) -> bool:
+    """Whether HDF5, JSON and CSV can keep it: no NUL, and no half of a surrogate pair.
+
+    Such halves stand for the bytes of file names that are not UTF-8, and JSON can spell them.
+    """
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def check_storable(texts: Iterable[str], *, key: str, file: str | Path | None = None) -> None:
+    """InputError for the first text that is not storable."""
+    for text in texts:
+        if not is_storable(text):
+            problem = "holds NUL" if "\0" in text else "is not UTF-8"
+            raise InputError(f"{text!r} {problem}", file=file, key=key, allowed=STORABLE)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with what a terminal obeys or cannot show written out: `\\x1b` for an escape character.
+
+    These are control and format characters, line ends and halves of surrogate pairs, but for those in `keep`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and letter not in keep
+        else letter
+        for letter in text
+    )
