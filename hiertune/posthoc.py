@@ -93,7 +93,7 @@ def _table(shown: list[Tried], best: Tried, metric: str, finest: str) -> Table:
     headings = {
         f"val/accuracy/{finest}": finest,
         "val/chain_accuracy": "chain",
-        "val/hierarchical_distance": "distance",
+        "val/average_distance": "distance",
     }
     headings = {metric: metric.removeprefix("val/")} | headings
     title = f"On the validation split, best first by {metric}"

@@ -40,12 +40,12 @@ class Comparison:
     """Winner against one control on the test rows whose finest class has training examples."""
 
     rows: int
-    difference: float
-    """Accuracy of the winner minus the control's."""
-    low: float
-    high: float
+    difference: float | None
+    """Accuracy of the winner minus the control's; like all that follows, None of fewer than two rows."""
+    low: float | None
+    high: float | None
     """95% interval of the difference, paired by row (normal approximation)."""
-    p_value: float
+    p_value: float | None
     """Exact McNemar test: how often equal methods would differ this much."""
 
 
@@ -110,10 +110,12 @@ def compare(
     truth = data.labels[data.rows("test"), -1]
     seen = np.unique(data.labels[data.rows(*fit_on), -1])
     kept = (truth >= 0) & np.isin(truth, seen)
+    if kept.sum() < 2:
+        return Comparison(int(kept.sum()), None, None, None, None)
     right = winner.predictions[kept, -1] == truth[kept]
     control_right = control.predictions[kept, -1] == truth[kept]
     difference = right.astype(float) - control_right
-    spread = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
+    spread = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
     gained, lost = int((right & ~control_right).sum()), int((~right & control_right).sum())
     p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     mean = float(difference.mean())

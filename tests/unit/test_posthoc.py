@@ -80,7 +80,7 @@ def test_every_rule_is_shown_with_its_metrics_and_the_best_is_marked(run, capsys
     assert load_model(run / "model").rule == AS_TRAINED, "nothing is changed"
 
 
-def rows_of(ranked, best, names=("accuracy/genus", "chain_accuracy", "hierarchical_distance")):
+def rows_of(ranked, best, names=("accuracy/genus", "chain_accuracy", "average_distance")):
     values = [" ".join(f"{each.metrics[f'val/{name}']:.4f}" for name in names) for each in ranked]
     return [
         f"{'★ ' if each is best else ''}{each.rule.short} {row}"
@@ -91,8 +91,8 @@ def rows_of(ranked, best, names=("accuracy/genus", "chain_accuracy", "hierarchic
 @pytest.mark.parametrize(
     ("metric", "sign", "columns"),
     [
-        ("accuracy/genus", -1, ("accuracy/genus", "chain_accuracy", "hierarchical_distance")),
-        ("hierarchical_distance", 1, ("hierarchical_distance", "accuracy/genus", "chain_accuracy")),
+        ("accuracy/genus", -1, ("accuracy/genus", "chain_accuracy", "average_distance")),
+        ("average_distance", 1, ("average_distance", "accuracy/genus", "chain_accuracy")),
     ],
 )
 def test_the_best_are_shown_and_as_trained(run, capsys, metric, sign, columns):
@@ -113,14 +113,14 @@ def test_no_row_is_wrapped_at_80_columns(run, capsys, monkeypatch, metric):
     _, shown = decode(capsys, run, "--all", "--metric", f"val/{metric}")
     assert max(map(len, shown.splitlines())) <= 80
     tried = metrics_of(run)
-    columns = dict.fromkeys([metric, "accuracy/genus", "chain_accuracy", "hierarchical_distance"])
+    columns = dict.fromkeys([metric, "accuracy/genus", "chain_accuracy", "average_distance"])
     expected = rows_of(tried, best_of(tried, f"val/{metric}", "max"), columns)
     assert len({each.rule.short for each in tried}) == len(tried), "short names differ, too"
     assert set(expected) <= set(lines_of(shown))
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode"), [("val/accuracy/family", "max"), ("val/hierarchical_distance", "min")]
+    ("metric", "mode"), [("val/accuracy/family", "max"), ("val/average_distance", "min")]
 )
 def test_the_best_rule_by_another_metric_is_saved(run, capsys, metric, mode):
     code, shown = decode(capsys, run, "--metric", metric, "--save")
