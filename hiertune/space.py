@@ -1,7 +1,7 @@
 """A YAML file with distributions in place of values: checked, then sampled into configs.
 
 A mapping with one of these keys and a list stands for a value, anywhere in the trial's sections
-(data, model, loss, weighting, optimizer, schedule, train):
+(data, model, loss, weighting, mix, unknown, optimizer, schedule, train):
 
     {uniform: [low, high]}         {int: [low, high]}
     {loguniform: [low, high]}      {logint: [low, high]}
