@@ -598,7 +598,7 @@ BAD = {
         "OPTIMIZER:\n  BETAS: [0.9, 3]\n",
         2,
         "OPTIMIZER.BETAS: 3.0 is out of range",
-        "at most 1",
+        "below 1",
     ),
     "coarse to fine": (
         "DATA:\n  TASK_KEYS_H5: [taxa_L20, taxa_L10]\n",
