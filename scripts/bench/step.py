@@ -194,7 +194,7 @@ def dense_loop(config: TrialConfig, data: HierarchicalDataset) -> Epoch:
         nonlocal weights, initial, done
         total = torch.zeros(())
         for step in plan.epoch(number):
-            rows = torch.from_numpy(step.passes[0])
+            rows = torch.from_numpy(step.passes[0].rows)
             x, y = inputs[rows], labels[rows].unbind(1)
             features = model.backbone(x)
             losses = torch.stack([loss_of(pass_for(features, i), i, y[i]) for i in range(len(y))])
