@@ -26,9 +26,10 @@ from hiertune.data.dataset import DataConfig
 from hiertune.errors import InputError
 from hiertune.export import load_model, predict_file, save_trained
 from hiertune.models import build_model
+from hiertune.models.timm_backbone import TimmBackbone
 from hiertune.train import features
 from hiertune.train.batches import BatchPlan
-from hiertune.train.build import check_batches
+from hiertune.train.build import augmentation_of, check_batches, plan_of
 from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.workers import Workers
@@ -133,6 +134,38 @@ def test_attention_with_batch_norm_cannot_do_without_rows(data, name, workers, f
     with pytest.raises(InputError, match="smallest batch has 2 rows for 3 workers"):
         check_batches(model, plan, Workers(0, workers))
     assert model.training
+
+
+def test_boxes_of_cutmix_are_of_cropped_images(timm_config, data):
+    """A share of the area is one of what is pasted: of the images as they are after augmentation."""
+    settings = timm_config(
+        backbone={"augment": AUGMENT, "image_size": 12}, mix=CutmixConfig(min_group_size=2)
+    )
+    rows = data.rows("train")
+    (step, *_) = plan_of(settings, data, data.inputs, rows, augmentation_of(settings)).epoch(1)
+    mix = step.passes[0].mix
+    read = torch.cat(
+        [torch.zeros(len(step.passes[0].rows), 12, 12, 1), torch.ones(len(mix.partners), 12, 12, 1)]
+    )
+    pasted = mix.inputs(read)[mix.positions]
+    assert pasted.mean((1, 2, 3)).tolist() == pytest.approx([1 - mix.share] * len(mix.partners))
+
+
+@pytest.mark.parametrize(("batch_size", "largest"), [(20, 40), (4, 32)])
+def test_images_are_evaluated_in_batches_near_those_of_training(
+    timm_config, data, alone, monkeypatch, batch_size, largest
+):
+    sizes, pooled = [], TimmBackbone.pooled
+
+    def watched(backbone, images):
+        if not backbone.training:
+            sizes.append(len(images))
+        return pooled(backbone, images)
+
+    monkeypatch.setattr(TimmBackbone, "pooled", watched)
+    alone(timm_config(batch_size=batch_size), data, validate_on=(), test_on=("train",))
+    assert max(sizes) == largest
+    assert sum(sizes) == len(data.rows("train"))
 
 
 def numbers(record):

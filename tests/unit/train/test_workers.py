@@ -185,13 +185,15 @@ def test_ten_steps_give_the_same_weights(config, make_data, alone, pair, head, w
 
 
 @pytest.mark.parametrize("unknown", [MaskUnknownConfig(), UnknownOutcomeConfig()], ids=lambda c: c.kind)
-def test_rows_are_named_by_rules_in_their_order(config, data, alone, pair, unknown):
+def test_rows_are_named_by_rules_in_their_order(config, data, alone, pair, unknown, monkeypatch):
     settings = config(epochs=2, head=HierarchicalSoftmaxConfig(), unknown=unknown)
     rules = [AS_TRAINED, CRM, DecodingRule(head=LinearHeadConfig())]
     records = [
         alone(settings, data, test_on=("test",), rules=rules),
         same_on_both(pair(settings, data, test_on=("test",), rules=rules)),
     ]
+    monkeypatch.setattr("hiertune.train.trial._EVALUATION_ROWS", 5)
+    records.append(alone(settings, data, test_on=("test",), rules=rules))
     taxonomy, _ = with_unknown(unknown, data)
     labels, trained = (data.labels[data.rows(split)] for split in ("test", "train"))
     for record in records:
@@ -202,8 +204,9 @@ def test_rows_are_named_by_rules_in_their_order(config, data, alone, pair, unkno
         crm = outcome.predictions[1]
         paths = taxonomy.ancestors(-1)[crm[:, -1]]
         assert np.array_equal(np.where(paths < 0, crm, paths), crm)
-    for one, two in zip(records[0]["outcome"].predictions, records[1]["outcome"].predictions, strict=True):
-        np.testing.assert_array_equal(one, two)
+    for of_rule in zip(*(record["outcome"].predictions for record in records), strict=True):
+        for other in of_rule[1:]:
+            np.testing.assert_array_equal(of_rule[0], other)
 
 
 def test_validation_logits_are_in_the_order_of_the_rows(config, data, alone, pair, tmp_path):
