@@ -134,8 +134,10 @@ class Decoder:
         self._ancestors = torch.tensor(taxonomy.ancestors(-1), device=device)
         self._shared_ranks = SharedRanks(taxonomy, device)
 
-    def __call__(self, base: Logits) -> Tensor:
-        """Labels int64 `[N, L]` from base logits."""
+    def __call__(self, base: Logits, trained: Logits | None = None) -> Tensor:
+        """Labels int64 `[N, L]` from base logits; `trained`: what the model made of them, if at hand."""
+        if trained is not None and self.rule.head is None:
+            return self.name(trained)
         return self.name(self.refine(base))
 
     @torch.no_grad()

@@ -253,26 +253,17 @@ class Predictor:
         Raises:
             InputError: inputs of another shape, or not finite.
         """
-        return self.predict_by([self.rule], inputs, batch_size)[0]
-
-    def predict_by(
-        self, rules: Sequence[DecodingRule], inputs: np.ndarray | torch.Tensor, batch_size: int = 256
-    ) -> list[Prediction]:
-        """The predictions of several rules, from one pass over the inputs. Raises as `predict`."""
         self.check_shape(inputs)
-        decoders = [Decoder(self.taxonomy, rule, self.model.head.refine, self.device) for rule in rules]
-        labels = np.empty((len(rules), len(inputs), self.taxonomy.num_levels), np.int64)
+        decoder = Decoder(self.taxonomy, self.rule, self.model.head.refine, self.device)
+        labels = np.empty((len(inputs), self.taxonomy.num_levels), np.int64)
         confidences = np.empty(labels.shape, np.float32)
         for first, base, logits in self._forward(inputs, batch_size):
             rows = slice(first, first + batch_size)
-            probabilities = [level_logits.softmax(1) for level_logits in logits.values()]
-            for position, decoder in enumerate(decoders):
-                named = decoder.name(logits if decoder.rule.head is None else decoder.refine(base))
-                columns = zip(probabilities, named.split(1, 1), strict=True)
-                labels[position, rows] = named.cpu()
-                confidences[position, rows] = torch.cat([p.gather(1, n) for p, n in columns], 1).cpu()
-        each = zip(labels, confidences, strict=True)
-        return [Prediction(self.taxonomy, of_rule, their, self.outcomes) for of_rule, their in each]
+            named = decoder(base, logits)
+            columns = zip(logits.values(), named.split(1, 1), strict=True)
+            labels[rows] = named.cpu()
+            confidences[rows] = torch.cat([z.softmax(1).gather(1, n) for z, n in columns], 1).cpu()
+        return Prediction(self.taxonomy, labels, confidences, self.outcomes)
 
     def probabilities(
         self, inputs: np.ndarray | torch.Tensor, batch_size: int = 256

@@ -9,13 +9,23 @@ import torch
 # Two processes of one compute thread each are faster than one of two, and small layers suffer most.
 torch.set_num_threads(1)
 
-_SHAPES = Path(__file__).parents[1] / "scripts" / "bench" / "_shapes.py"
+_BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 
 @pytest.fixture(scope="session")
-def shape_images():
+def bench_module():
+    """`bench_module(name)`: a module of the benchmarks, which are no package."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"hiertune_bench{name}", _BENCH / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shape_images(bench_module):
     """`shape_images(rows, size, seed)`: the data set of the image benchmark."""
-    spec = importlib.util.spec_from_file_location("hiertune_shapes", _SHAPES)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.shape_images
+    return bench_module("_shapes").shape_images

@@ -92,8 +92,12 @@ def check_batches(model: HierarchicalClassifier, plan: BatchPlan, workers: Worke
             key="train.batch_size",
             allowed="2 or more, or a model.backbone without it",
         )
-    takes_none = not isinstance(model.backbone, TimmBackbone) or model.backbone.takes_no_rows
-    if plan.smallest_pass < workers.size and not takes_none:
+    backbone = model.backbone
+    if (
+        plan.smallest_pass < workers.size  # else there is no need to try
+        and isinstance(backbone, TimmBackbone)
+        and not backbone.takes_no_rows
+    ):
         raise InputError(
             f"the smallest batch has {plan.smallest_pass} rows for {workers.size} workers, and this backbone "
             "cannot do without any",

@@ -35,7 +35,7 @@ class LabelCollector:
 
     def add(self, base: Mapping[str, Tensor], refined: Mapping[str, Tensor]) -> None:
         for decoder, labels in zip(self._decoders, self._labels, strict=True):
-            named = decoder.name(refined if decoder.rule.head is None else decoder.refine(base))
+            named = decoder(base, refined)
             labels[self._next : self._next + len(named)] = named.cpu()
         self._next += len(next(iter(refined.values())))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,15 +23,10 @@ from hiertune.train.loop import run_trial
 
 pytest.importorskip("timm")
 
-PLAIN = Path(__file__).parents[2] / "scripts" / "bench" / "_plain_images.py"
-
 
 @pytest.fixture(scope="module")
-def train_plain():
-    spec = importlib.util.spec_from_file_location("hiertune_plain_images", PLAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.train_plain
+def train_plain(bench_module):
+    return bench_module("_plain_images").train_plain
 
 
 def settings(backbone, epochs, lr):

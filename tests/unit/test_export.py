@@ -156,10 +156,6 @@ def test_a_saved_rule_decides_the_names_but_not_their_probabilities(tmp_path):
         np.testing.assert_allclose(prediction.confidences[:, column], of_named, rtol=1e-6)
     assert f"Names are given by {RULE}" in (tmp_path / "README.md").read_text()
 
-    both = predictor.predict_by([AS_TRAINED, RULE], x)
-    assert both[0].labels.tolist() == as_trained.labels.tolist()
-    assert both[1].labels.tolist() == expected.tolist()
-
     save_decoding(tmp_path, AS_TRAINED)
     assert load_model(tmp_path).predict(x).labels.tolist() == as_trained.labels.tolist()
     assert "Names are given by" not in (tmp_path / "README.md").read_text()
