@@ -12,12 +12,51 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(value: object) -> object:
+    """Seconds, from a number of them or from `90s`, `30m`, `2h`, `1.5d`; anything else is an error."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("must be seconds, or a number with a unit: 90s, 30m, 2h, 1.5d")
+        return float(match[1]) * _UNIT_SECONDS[match[2]]
+    return value
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    Field(gt=0.0, allow_inf_nan=False),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": f"^{_DURATION.pattern}$"},
+            ]
+        }
+    ),
+]
+"""A length of time in seconds."""
 
 
 class Config(BaseModel):
@@ -613,8 +652,12 @@ SchedulerConfig = Annotated[
 class WorkerGroupConfig(Config):
     recycle_after: PositiveInt | None = None
     """Trials after which a worker group is replaced; 1 gives every trial fresh processes."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often one trial may lose its workers and go on from its checkpoint."""
+    max_retries: Annotated[int, Field(ge=0)] = 3
+    """How often one trial goes on from its checkpoint after a fault that another try can mend: a worker
+    that was killed, crashed or ran out of memory, a node that was lost, a hang."""
+    hang_timeout: Duration = 1800.0
+    """Workers that train no batch for so long hang: they are replaced, and the trial is tried again.
+    Opening the data and loading a model count, so let it be longer than those take."""
 
 
 class SearchSection(Config):
@@ -622,6 +665,15 @@ class SearchSection(Config):
     trials: PositiveInt = 32
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the sampler; each trial's own seed is `train.seed`."""
+    time_budget: Duration | None = None
+    """Wall time for the trials, over all sessions of the search: seconds, or `90m`, `12h`, `2d`. Then
+    running trials end their epoch and stay resumable, and the winner is measured."""
+    worker_hours: Positive | None = None
+    """Hours of training, summed over all workers and sessions; when they are spent, as for `time_budget`."""
+    patience: PositiveInt | None = None
+    """Begin no more trials when so many in a row have ended without bettering the objective."""
+    max_consecutive_failures: PositiveInt = 10
+    """The search fails when so many trials in a row fail for one cause."""
     sampler: SamplerConfig = TPEConfig()
     scheduler: SchedulerConfig = ASHAConfig()
     workers_per_trial: PositiveInt = 1
@@ -629,6 +681,8 @@ class SearchSection(Config):
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative | None = None
     """By default 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    placement: Literal["pack", "spread"] = "pack"
+    """The workers of a trial on as few nodes as possible, or on as many."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; by default as many worker groups as the cluster can hold."""
     refit: bool = True
@@ -654,6 +708,14 @@ class SearchConfig(Config):
 
     name: str
     """Name of the run folder: letters, digits, dot, dash and underscore."""
+    storage: str | None = None
+    """Where checkpoints, outputs and the model are kept as well as in the run folder: `s3://bucket/folder`,
+    or any other place that pyarrow's filesystems know. By default HIERTUNE_STORAGE, else the run folder
+    is all there is. Credentials come from the environment."""
+    ledger: str | None = None
+    """Database of the record of all trials, as an SQLAlchemy URL without password:
+    `postgresql+psycopg://user@host/database`. By default HIERTUNE_LEDGER, else a journal file in the
+    run folder. Passwords come from the environment (PGPASSWORD, ~/.pgpass)."""
     search: SearchSection = SearchSection()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -225,7 +225,7 @@ class Broker:
             run.released.set()
             return None
         run.losses += 1
-        if run.losses > run.job.max_failures:
+        if run.losses > run.job.max_retries:
             run.end(Failed(f"lost its workers {run.losses} times"))
             return None
         return run

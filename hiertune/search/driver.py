@@ -198,7 +198,8 @@ def _run_trials(
             plan.located(config),
             str(plan.folder.trial(number)),
             keep_logits=str(plan.folder.logits(number)) if keep else None,
-            max_failures=search.worker_group.max_failures,
+            max_retries=search.worker_group.max_retries,
+            hang_timeout=search.worker_group.hang_timeout,
         )
 
     searcher = LedgerSearcher(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hiertune.config import TrialConfig
 from hiertune.train.result import EpochResult, TrialOutcome
@@ -25,8 +25,10 @@ class Job:
     export: bool = False
     keep_logits: str | None = None
     """File for the base logits of the validation split, written at the last epoch."""
-    max_failures: int = 3
-    """How often it may lose its workers before it counts as failed."""
+    max_retries: int = 3
+    """How often it goes on after a fault that another try can mend, before it counts as failed."""
+    hang_timeout: float = 1800.0
+    """Seconds without a trained batch after which its workers are replaced."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,31 @@ class WorkerSetup:
     """Handle of the broker actor."""
 
 
+Fault = Literal["diverged", "error", "out_of_memory", "crashed", "lost", "hang", "not_started"]
+"""What went wrong: a loss that is not finite; an exception; no memory, on the device or the node; a worker
+process that crashed or was killed; a node that is gone; no progress; workers that can't be started.
+Another try can mend all but the first two and the last."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A fault after which the job went on from its checkpoint."""
+
+    fault: Fault
+    reason: str
+    epoch: int
+    """The last epoch that was reported before it."""
+    time: float
+    """Seconds since 1970."""
+
+
 @dataclass(frozen=True)
 class Reported:
     """An epoch is done; the workers wait for a decision, unless it was the last one."""
 
     result: EpochResult
+    incidents: tuple[Incident, ...] = ()
+    """What the job survived since its event before this one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class Finished:
     """The job ended by itself: all its epochs are done."""
 
     outcome: TrialOutcome
+    incidents: tuple[Incident, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,8 @@ class Failed:
     """The job ended without a usable result."""
 
     reason: str
+    fault: Fault = "error"
+    incidents: tuple[Incident, ...] = ()
 
 
 Event = Reported | Finished | Failed

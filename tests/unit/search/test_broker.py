@@ -14,8 +14,8 @@ from hiertune.train.result import Decision, EpochResult, TrialOutcome
 CONFIG = TrialConfig(data=DataConfig(path="none.h5"))
 
 
-def job(name: str, max_failures: int = 3) -> Job:
-    return Job(name, CONFIG, "/nowhere", max_failures=max_failures)
+def job(name: str, max_retries: int = 3) -> Job:
+    return Job(name, CONFIG, "/nowhere", max_retries=max_retries)
 
 
 def epoch(number: int, last: bool = False) -> EpochResult:
@@ -149,7 +149,7 @@ def test_another_idle_group_takes_up_a_lost_job():
 def test_a_job_that_keeps_losing_its_workers_fails():
     async def scenario():
         broker = Broker()
-        await broker.submit(job("t", max_failures=1))
+        await broker.submit(job("t", max_retries=1))
         for token in ("a", "b", "c"):
             await broker.open_generation("g", token)
             if token != "c":
