@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from hiertune import Taxonomy
 from hiertune.data import write_dataset
+from hiertune.search import cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +29,14 @@ def data_file(tmp_path_factory):
     return write_dataset(
         tmp_path_factory.mktemp("data") / "data.h5", inputs, labels, taxonomy, [f"row{i}" for i in range(600)]
     )
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    """Ray on this machine, for tests that need no driver."""
+    cluster.connect()
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -244,30 +243,6 @@ def test_a_search_in_which_nothing_is_completed_fails(hiertune, write_space):
     done = hiertune("search", write_space(trials=2, text=text), capture_output=True)
     assert done.returncode == 1
     assert "no trial was completed; 2 of 2: train/loss is not finite at epoch 1" in done.stderr
-
-
-@pytest.mark.parametrize("path", sorted(Path("search_spaces").rglob("*.yaml")), ids=str)
-def test_every_space_that_ships_starts(hiertune, tmp_path, path):
-    text = path.read_text()
-    space = yaml.safe_load(text)
-    space["train"] |= {"epochs": 1}
-    space["search"] = {
-        "trials": 1,
-        "workers_per_trial": 1,
-        "scheduler": {"kind": "none"},
-        "refit": False,
-        "controls": False,
-    }
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
-    done = hiertune("search", "space.yaml", capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_there_are_spaces_to_start():
-    assert {path.name for path in Path("search_spaces").rglob("*.yaml")} >= {
-        "quickstart.yaml",
-        "linnaeus.yaml",
-    }
 
 
 def test_python_m_hiertune_search_is_the_same_command(write_space, tmp_path):

@@ -11,7 +11,6 @@ import ray
 from ray.util import placement_group_table
 
 from hiertune.config import DataConfig, TrialConfig
-from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape
 from hiertune.search.messages import Failed, Finished, Job
 from hiertune.search.pool import WorkerPool
@@ -19,13 +18,6 @@ from hiertune.search.pool import WorkerPool
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SHAPE = GroupShape(workers=2, cpus_per_worker=1.0, gpus_per_worker=0.0)
-
-
-@pytest.fixture(scope="module")
-def ray_session():
-    cluster.connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
