@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,12 @@ class Ending:
     def cuts(self) -> bool:
         """Running trials end with their epoch, too. Else they go on to their own end."""
         return self.by in ("time_budget", "worker_hours")
+
+    def sentence(self, states: Mapping[str, int], trials: int) -> str:
+        """With how far the search has got: the number of trials in each state, and in all."""
+        interrupted = states.get("interrupted", 0)
+        rest = f", {interrupted} interrupted" if interrupted else ""
+        return f"{self.reason}: {sum(states.values()) - interrupted} of {trials} trials{rest}"
 
 
 class Budget:

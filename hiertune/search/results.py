@@ -66,12 +66,7 @@ def print_results(
 def ended_line(summary: dict[str, Any]) -> str | None:
     """Why a search has fewer trials than it was to have."""
     ended = summary.get("ended")  # older summaries have none
-    if ended is None or ended["by"] == "trials":
-        return None
-    counts = dict(summary["trials"])
-    interrupted = counts.pop("interrupted", 0)
-    rest = f", {interrupted} interrupted" if interrupted else ""
-    return f"{ended['reason']}: {sum(counts.values())} of {ended['of']} trials{rest}"
+    return None if ended is None or ended["by"] == "trials" else ended["reason"]
 
 
 def progress_line(records: list[TrialRecord], trials: int) -> str:

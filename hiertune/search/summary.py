@@ -29,16 +29,15 @@ def summarise(
     used: Used,
 ) -> dict[str, Any]:
     """Everything about the search but how its tracking was delivered."""
-    winner = contenders["winner"]
+    winner, states = contenders["winner"], count_states(records)
     return {
         "name": plan.config.name,
         "objective": {"metric": plan.metric, "mode": plan.mode, "value": best.value},
-        "trials": count_states(records),
+        "trials": states,
         "ended": {
             "by": ending.by,
-            "reason": ending.reason,
+            "reason": ending.sentence(states, plan.trials),
             "limit": ending.limit,
-            "of": plan.trials,
             "used": {name: round(value, 1) for name, value in asdict(used).items()},
         },
         "winner": {

@@ -94,3 +94,10 @@ def test_patience_is_what_its_definition_says(trials, patience):
 def test_durations_are_written_as_in_yaml(seconds, text):
     assert as_duration(seconds) == text
     assert parse_duration(text) == seconds
+
+
+def test_an_ending_in_words():
+    found = budget(time_budget="2h").ending(Used(7200.0, 0.0))
+    states = {"completed": 12, "pruned": 5, "interrupted": 2}
+    assert found.sentence(states, 32) == "time budget of 2h spent: 17 of 32 trials, 2 interrupted"
+    assert found.sentence({"completed": 12}, 32) == "time budget of 2h spent: 12 of 32 trials"
