@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -149,11 +150,13 @@ def _write_summary(plan: SearchPlan, summary: dict[str, Any], delivery: Delivery
 @contextlib.contextmanager
 def _held(folder: RunFolder) -> Iterator[None]:
     """At most one process at a time runs a search."""
+    lock = filelock.FileLock(folder.lock)
     try:
-        with filelock.FileLock(folder.lock, timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"another process is running this search: {folder.root}", key="name") from None
+    with lock:
+        yield
 
 
 @contextlib.contextmanager
@@ -195,11 +198,19 @@ def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> 
 def _cluster(display: Display, interruption: Interruption) -> Iterator[None]:
     display.say("starting Ray")
     try:
-        cluster.connect()
-        interruption.install()
+        _connect(interruption)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(interruption: Interruption) -> None:
+    try:
+        cluster.connect()
+    except SystemExit:  # so Ray itself answers SIGTERM while it starts
+        interruption.install()
+        signal.raise_signal(signal.SIGTERM)
+    interruption.install()
 
 
 @contextlib.contextmanager

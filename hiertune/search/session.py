@@ -103,7 +103,10 @@ class Session:
 
     def _tick(self) -> None:
         while not self._over.wait(_TICK_S):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a note that can't be written must not end the watch
+                logger.exception("the budgets could not be looked at")
 
     def look(self) -> None:
         """What the thread does every second."""
