@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,10 @@ from rich.markup import escape
 
 from hiertune._text import visible
 from hiertune.errors import InputError
+
+if TYPE_CHECKING:
+    from hiertune.search.interrupt import Interruption
+    from hiertune.search.plan import SearchPlan
 
 app = typer.Typer(
     name="hiertune",
@@ -53,27 +57,46 @@ def search(
     runs: Runs = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the search, instead of the file's.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the file's.")] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option("--time-budget", help="Wall time for the trials (90m, 12h, 2d), instead of the file's."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of that name.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the space; start nothing.")
     ] = False,
 ) -> None:
     """Search a space: train many settings, prove which win, keep the best model."""
-    from hiertune.search.plan import plan_search
+    from hiertune.search.interrupt import INTERRUPTED, Interruption, SearchInterrupted, leave
 
-    plan = plan_search(space, runs, name=name, trials=trials, resume=resume)
     console = Console()
-    for text in plan.warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
-    if dry_run:
-        from hiertune.search.results import print_plan
+    with Interruption() as interruption:
+        try:
+            from hiertune.search.plan import plan_search
 
-        print_plan(console, plan)
-        return
+            plan = plan_search(space, runs, name=name, trials=trials, time_budget=time_budget, resume=resume)
+            for text in plan.warnings:
+                console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+            if dry_run:
+                from hiertune.search.results import print_plan
+
+                print_plan(console, plan)
+            else:
+                _search(plan, console, interruption)
+        except SearchInterrupted as error:
+            console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
+            sys.exit(INTERRUPTED)
+        except BaseException:  # libraries turn KeyboardInterrupt into errors of their own
+            if not interruption.at_once:
+                raise
+            leave(interruption.last_words)
+
+
+def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> None:
     with console.status("loading Ray, Tune and Optuna"):
-        from hiertune.search.driver import SearchFailed, SearchInterrupted, run_search
+        from hiertune.search.driver import SearchFailed, run_search
     try:
-        run_search(plan, console)
+        run_search(plan, console, interruption)
     except SearchFailed as error:
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
@@ -81,12 +104,18 @@ def search(
             soft_wrap=True,
         )
         sys.exit(1)
-    except (SearchInterrupted, KeyboardInterrupt):
-        from hiertune.search.results import resume_command
 
-        again = resume_command(plan, trials)
-        console.print(f"interrupted; go on with:\n  {escape(again)}", highlight=False, soft_wrap=True)
-        sys.exit(130)
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(help="Name of a search that runs, here or on another machine.")],
+    runs: Runs = Path("runs"),
+    now: Annotated[bool, typer.Option("--now", help="At once, without the current epochs.")] = False,
+) -> None:
+    """Stop a running search as Ctrl-C would, and say how it goes on."""
+    from hiertune.search.stop import stop_search
+
+    stop_search(runs, name, now, Console())
 
 
 @app.command()

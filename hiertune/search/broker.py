@@ -15,7 +15,7 @@ import asyncio
 import dataclasses
 from collections import deque
 
-from hiertune.search.messages import Event, Failed, Finished, Job, Reported
+from hiertune.search.messages import Event, Failed, Finished, Job, Reported, Stopped
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
 
 
@@ -91,6 +91,7 @@ class Broker:
         self._waiting: deque[_Run] = deque()
         self._changed = asyncio.Condition()
         self._closed = False
+        self._halted = False
         self._broken: str | None = None
         self.generations = 0
 
@@ -122,6 +123,23 @@ class Broker:
         if run in self._waiting:
             self._waiting.remove(run)
             run.released.set()
+
+    async def halt(self) -> None:
+        """Until `go_on`, jobs that no worker holds are Stopped: those that wait, and those that come."""
+        self._halted = True
+        while self._waiting:
+            self._waiting.popleft().end(Stopped())
+
+    async def go_on(self) -> None:
+        self._halted = False
+
+    async def settle(self) -> None:
+        """Nobody follows the jobs any more: stop them, and wait until their checkpoints are saved."""
+        for run in self._runs.values():
+            if not run.released.is_set():
+                run.stop()
+        for run in list(self._runs.values()):
+            await run.released.wait()
 
     async def close(self) -> None:
         """No more jobs: every group's workers return as soon as they are idle."""
@@ -231,6 +249,9 @@ class Broker:
         return run
 
     async def _enqueue(self, run: _Run, first: bool = False) -> None:
+        if self._halted:
+            run.end(Stopped())
+            return
         async with self._changed:
             if first:
                 self._waiting.appendleft(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ ENVIRONMENT = {
 
 
 def connect() -> None:
-    """Join the cluster of this environment (`ray job submit` sets RAY_ADDRESS), or start Ray here."""
+    """Join the cluster of this environment (`ray job submit` sets RAY_ADDRESS), or start Ray here.
+
+    A closing terminal sends SIGHUP to all processes in it. This one handles it; Ray's, which inherit the
+    mask, must live on until the epochs are over. (Of Ctrl-C Ray takes care.)
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        _connect()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
+def _connect() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

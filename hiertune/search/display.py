@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from hiertune.config import TrialConfig
+from hiertune.search.budget import Ending
 from hiertune.search.ledger import Mode, TrialRecord
 
 _MARKS = {"completed": "[green]✔[/]", "pruned": "[yellow]◦[/]", "failed": "[red]✘[/]"}
@@ -30,7 +31,9 @@ class Display:
         self._running: dict[int, tuple[int, int, float | None, float]] = {}
         self._best: TrialRecord | None = None
         self._last: list[str] = []
-        self._status = "starting worker groups"
+        self._status = ""
+        self._notice = ""
+        self._epoch_s: dict[int, float] = {}
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -56,6 +59,25 @@ class Display:
         if not self._console.is_terminal:
             self._console.print(f"[dim]{escape(status)}[/]", highlight=False)
 
+    def note(self, text: str) -> None:
+        """A line that stays, above what changes."""
+        self._console.print(escape(text), highlight=False)
+
+    def stopping(self, ending: Ending | None) -> None:
+        """Why it is going to end: by `ending`, or by the user's wish. Called from another thread."""
+        self._notice = self._stopping(ending)
+        if not self._console.is_terminal:
+            self.note(self._notice)
+
+    def _stopping(self, ending: Ending | None) -> str:
+        if ending is not None and not ending.cuts:
+            return f"{ending.reason}: the running ones end, then the winner is measured"
+        longest = max((self._epoch_s.get(number, 0.0) for number in list(self._running)), default=0.0)
+        epochs = "the current epochs" + (f" (of about {_about(longest)})" if longest >= 10 else "")
+        if ending is None:
+            return f"stopping after {epochs}; Ctrl-C again stops at once"
+        return f"{ending.reason}: {epochs} end, then the winner is measured"
+
     def resumed(self, records: list[TrialRecord]) -> None:
         """Trials that ended before this run of the search."""
         for record in records:
@@ -67,6 +89,7 @@ class Display:
     def trial_reported(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
         _, epochs, _, begun = self._running[number]
         self._running[number] = (epoch, epochs, metrics[self._metric], begun)
+        self._epoch_s[number] = metrics.get("epoch_seconds", 0.0)
         self._status = ""
 
     def trial_ended(self, record: TrialRecord) -> None:
@@ -110,5 +133,14 @@ class Display:
             )
         if self._status:
             parts.append(Text(self._status, style="dim"))
+        if self._notice:
+            parts.append(Text(self._notice, style="yellow"))
         parts.append(Text(self._footer(), style="dim"))
         return Group(*parts)
+
+
+def _about(seconds: float) -> str:
+    """Rounded, for people who wait."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,65 +13,79 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
 import ray
 from ray import tune
 from rich.console import Console
 
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
+from hiertune.errors import InputError
 from hiertune.report import write_report
 from hiertune.search import cluster
+from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape, groups_that_fit
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
-from hiertune.search.interrupt import Interruption
+from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
-from hiertune.search.outputs import RunFolder, write_summary, write_trials
+from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
-from hiertune.search.results import delivery_line, print_results
+from hiertune.search.results import delivery_line, extension, print_results, progress_line, resume_command
 from hiertune.search.searcher import LedgerSearcher
+from hiertune.search.session import Session
+from hiertune.search.stop import write_command
 from hiertune.search.strategies import build_sampler, build_scheduler
 from hiertune.search.summary import summarise
 from hiertune.search.trainable import TrialActor
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
-from hiertune.tracking import Tracker, display_uri
+from hiertune.tracking import Delivery, Tracker, display_uri
 
 logger = logging.getLogger(__name__)
 
 _DELIVERY_PATIENCE_S = 60.0
+_LAST_POINTS_S = 2.0
+"""How long delivery may take when the search is to stop at once."""
 
 
 class SearchFailed(Exception):
     """The search can't come to a result. What it learned so far is kept."""
 
 
-class SearchInterrupted(Exception):
-    """The user stopped the search. It can be resumed."""
-
-
-def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
+def run_search(
+    plan: SearchPlan, console: Console, interruption: Interruption | None = None
+) -> dict[str, Any]:
     """Run or resume a search, measure its winner, and write `runs/<name>/`. Returns the summary.
 
     Raises:
         SearchFailed: workers could not be started, or no trial came to an end.
-        SearchInterrupted: Ctrl-C or SIGTERM.
+        SearchInterrupted: by `interruption`, after the current epochs.
+        KeyboardInterrupt: by `interruption`, at once.
     """
     begun = time.monotonic()
+    interruption = interruption or Interruption()
+    interruption.check()
     folder = plan.folder
     if not plan.resume:
         folder.create(plan.space.text)
-    with _logging_to(folder.log):
+    with _held(folder), _logging_to(folder.log), interruption.watching(folder.request):
         for text in plan.warnings:
             logger.warning("%s", text)
+        again = resume_command(plan)
+        write_command(folder, again)
         ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
-        finished = _finished_summary(plan, ledger)
+        interruption.last_words = f"stopped at once; go on with:\n  {again}\n"
+        budget = Budget(plan.config.search, plan.trials, plan.mode, ledger.ended())
+        finished = _finished_summary(plan, ledger, budget)
         if finished is not None:
             print_results(console, plan, ledger.records(), finished)
             return finished
+        if not _has_trials_left(ledger, budget):
+            _best_of(plan, ledger, budget)  # or fail before Ray is started
         tracker = Tracker.start(
             folder.root,
             plan.tracking_uri,
@@ -83,39 +98,71 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         )
         checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
-        with _tracked(plan, tracker):
-            with display, _cluster(display), _pool(plan) as pool:
+        if plan.resume:
+            display.note(f"resuming {plan.config.name}: {progress_line(ledger.records(), plan.trials)}")
+        with _tracked(plan, tracker, interruption, console):
+            with display, _cluster(display, interruption), _pool(plan) as pool:
                 display.resumed(ledger.ended())
-                best = _find_best(plan, ledger, pool, listeners, tracker)
+                if _has_trials_left(ledger, budget):
+                    _run_all(plan, ledger, pool, budget, listeners, display, tracker, interruption)
+                best = _best_of(plan, ledger, budget)
                 config = plan.space.resolve(best.params)
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
                 display.say("choosing how the winner's logits become names")
                 decoding = choose_rule(plan, best, config)
-                with Interruption(at_once=True):
-                    contenders = _measure_winner(plan, pool, config, decoding, display)
+                contenders = _measure_winner(plan, pool, config, decoding, display)
             checkpoints.sweep()
             seconds = time.monotonic() - begun
-            summary = summarise(plan, ledger.records(), best, contenders, decoding, seconds)
+            ending, used = _ending(ledger, budget), ledger.used()
+            summary = summarise(plan, ledger.records(), best, contenders, decoding, seconds, ending, used)
             _track_winner(tracker, folder, summary)
-        delivery = tracker.close(_DELIVERY_PATIENCE_S)
-        summary["tracking"] = {"uri": display_uri(plan.tracking_uri), **asdict(delivery)}
-        write_summary(folder.summary, summary)
-        write_report(folder.root)
+            _write_summary(plan, summary, tracker.status())  # whole, whatever becomes of the delivery
+            write_report(folder.root)
+        _write_summary(plan, summary, _deliver(tracker, interruption, console))
     print_results(console, plan, ledger.records(), summary)
     return summary
 
 
-def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None:
+def _finished_summary(plan: SearchPlan, ledger: Ledger, budget: Budget) -> dict[str, Any] | None:
     """The summary on disk, if it is of all the trials that are wanted: then there is nothing to do."""
-    ended = len(ledger.ended())
-    if ended < plan.trials or not plan.folder.summary.exists():
+    if _has_trials_left(ledger, budget) or not plan.folder.summary.exists():
         return None
     summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
-    return summary if sum(summary["trials"].values()) == ended else None
+    return summary if summary["trials"] == count_states(ledger.records()) else None
+
+
+def _has_trials_left(ledger: Ledger, budget: Budget) -> bool:
+    ending = budget.ending(ledger.used())
+    return ending is None or (ending.by == "patience" and ledger.has_interrupted)
+
+
+def _ending(ledger: Ledger, budget: Budget) -> Ending:
+    ending = budget.ending(ledger.used())
+    assert ending is not None, "trials are left"
+    return ending
+
+
+def _write_summary(plan: SearchPlan, summary: dict[str, Any], delivery: Delivery) -> None:
+    summary["tracking"] = {"uri": display_uri(plan.tracking_uri), **asdict(delivery)}
+    write_summary(plan.folder.summary, summary)
 
 
 @contextlib.contextmanager
-def _tracked(plan: SearchPlan, tracker: Tracker) -> Iterator[None]:
+def _held(folder: RunFolder) -> Iterator[None]:
+    """At most one process at a time runs a search."""
+    lock = filelock.FileLock(folder.lock)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"another process is running this search: {folder.root}", key="name") from None
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def _tracked(
+    plan: SearchPlan, tracker: Tracker, interruption: Interruption, console: Console
+) -> Iterator[None]:
     """The search's own run in MLflow, ended as the search ends."""
     params = flatten(plan.config.search)
     tracker.search_started(params | {"objective.metric": plan.metric, "data": plan.data.source})
@@ -125,19 +172,45 @@ def _tracked(plan: SearchPlan, tracker: Tracker) -> Iterator[None]:
     except BaseException as error:
         stopped = isinstance(error, SearchInterrupted | KeyboardInterrupt)
         tracker.search_ended("interrupted" if stopped else "failed")
-        tracker.close(_DELIVERY_PATIENCE_S)
+        _deliver(tracker, interruption, console)
         raise
     tracker.search_ended("completed")
 
 
-@contextlib.contextmanager
-def _cluster(display: Display) -> Iterator[None]:
-    display.say("starting Ray")
-    cluster.connect()
+def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> Delivery:
+    """What is tracked, as far as the user waits for it. The rest stays in the spool."""
+    if interruption.at_once:
+        return tracker.close(_LAST_POINTS_S)
     try:
+        with (
+            interruption.skippable(),
+            console.status("delivering to MLflow; Ctrl-C ends the waiting, and loses nothing"),
+        ):
+            return tracker.close(_DELIVERY_PATIENCE_S)
+    except Skipped:
+        return tracker.close(0.0)
+    except KeyboardInterrupt:
+        tracker.close(0.0)
+        raise
+
+
+@contextlib.contextmanager
+def _cluster(display: Display, interruption: Interruption) -> Iterator[None]:
+    display.say("starting Ray")
+    try:
+        _connect(interruption)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(interruption: Interruption) -> None:
+    try:
+        cluster.connect()
+    except SystemExit:  # so Ray itself answers SIGTERM while it starts
+        interruption.install()
+        signal.raise_signal(signal.SIGTERM)
+    interruption.install()
 
 
 @contextlib.contextmanager
@@ -151,19 +224,26 @@ def _pool(plan: SearchPlan) -> Iterator[WorkerPool]:
         yield pool
 
 
-def _find_best(
+def _run_all(
     plan: SearchPlan,
     ledger: Ledger,
     pool: WorkerPool,
+    budget: Budget,
     listeners: Listeners,
+    display: Display,
     tracker: Tracker,
-) -> TrialRecord:
+    interruption: Interruption,
+) -> None:
     """Run the trials that are left. Whatever comes, `trials.csv` then says how far the search got."""
-    remaining = plan.trials - len(ledger.ended())
+    workers = plan.config.search.workers_per_trial
+    session = Session(ledger, budget, interruption, display, workers, pool.halt)
     try:
-        with Interruption() as interruption:
-            if remaining > 0:
-                _run_trials(plan, ledger, pool, listeners, interruption, remaining)
+        display.say("starting worker groups")
+        with interruption.finishing(), session:
+            _run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
+            if session.halted:
+                display.say("saving checkpoints")
+                pool.settle()
     finally:
         records = ledger.records()
         write_trials(plan.folder.trials, records)
@@ -171,10 +251,15 @@ def _find_best(
             if record.state == "running":
                 tracker.trial_ended(record.number, "interrupted")
     if interruption.asked:
-        raise SearchInterrupted
+        progress = progress_line(records, plan.trials)
+        raise SearchInterrupted(f"{progress}; go on with:\n  {resume_command(plan)}")
+
+
+def _best_of(plan: SearchPlan, ledger: Ledger, budget: Budget) -> TrialRecord:
+    """The winner of a search that has no trials left."""
     best = ledger.best()
     if best is None:
-        raise SearchFailed(_why_nothing_won(records))
+        raise SearchFailed(_why_nothing_won(plan, ledger.records(), _ending(ledger, budget)))
     return best
 
 
@@ -183,8 +268,7 @@ def _run_trials(
     ledger: Ledger,
     pool: WorkerPool,
     listeners: Listeners,
-    interruption: Interruption,
-    remaining: int,
+    session: Session,
 ) -> None:
     """Let Tune run the trials that are left; the ledger has them when this returns."""
     search = plan.config.search
@@ -210,7 +294,8 @@ def _run_trials(
         plan.metric,
         plan.mode,
         listeners,
-        interrupted=lambda: interruption.asked,
+        halted=lambda: session.halted,
+        enough=lambda: session.ending is not None,
     )
     tune.Tuner(
         # The worker groups hold the CPUs and GPUs. Tune insists on a request: one byte of memory.
@@ -220,15 +305,33 @@ def _run_trials(
             mode=plan.mode,
             search_alg=searcher,
             scheduler=build_scheduler(search.scheduler, plan.space.max_epochs),
-            num_samples=remaining,
+            num_samples=plan.trials - len(ledger.ended()),
             max_concurrent_trials=pool.size,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(plan.folder.ray), stop=interruption, verbose=0
+            name="tune", storage_path=str(plan.folder.ray), stop=_Halt(session), verbose=0
         ),
     ).fit()
+
+
+class _Halt(tune.Stopper):
+    """Ends running trials with the result of their current epoch."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return self._session.halted
+
+    def stop_all(self) -> bool:
+        """Never: Tune would throw that result away."""
+        return False
+
+    def __getstate__(self) -> dict:
+        """For Tune's snapshot, which is never restored."""
+        return {}
 
 
 def _measure_winner(
@@ -251,9 +354,12 @@ def _measure_winner(
         raise SearchFailed(str(error)) from error
 
 
-def _why_nothing_won(records: list[TrialRecord]) -> str:
-    """In one line, by the most frequent reason."""
-    reasons = Counter(record.reason or record.state for record in records)
+def _why_nothing_won(plan: SearchPlan, records: list[TrialRecord], ending: Ending) -> str:
+    """In one line, by the most frequent reason; and what to do, where a budget is it."""
+    if ending.cuts:
+        progress, more = progress_line(records, plan.trials), extension(plan, ending)
+        return f"no trial was completed: {ending.reason}; {progress}; go on with:\n  {more}"
+    reasons = Counter(record.reason or state_of(record) for record in records)
     if not reasons:
         return "no trial was run"
     reason, count = reasons.most_common(1)[0]

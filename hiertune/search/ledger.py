@@ -7,6 +7,7 @@ taken up again under its own number when the search resumes.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ _STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
 }
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+_SESSION = "session:"
 _NAMES = {state: name for name, state in _STATES.items()}
 
 
@@ -53,6 +55,16 @@ class TrialRecord:
         """Sorts completed trials from the best on; of equals the earliest comes first."""
         assert self.value is not None
         return (-self.value if mode == "max" else self.value), self.number
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a search has used of its budgets, over all sessions."""
+
+    seconds: float
+    """Wall time of the trials."""
+    worker_seconds: float
+    """Training time of the epochs that were reported, times the workers that trained them."""
 
 
 class Ledger:
@@ -92,6 +104,11 @@ class Ledger:
             return Trial(self.study, self._interrupted.pop(0)._trial_id)
         return self.study.ask()
 
+    @property
+    def has_interrupted(self) -> bool:
+        """Whether `next_trial` will give one that was begun before."""
+        return bool(self._interrupted)
+
     def begin(self, trial: Trial) -> None:
         """Note when the trial was first started."""
         if "started" not in trial.user_attrs:
@@ -127,11 +144,33 @@ class Ledger:
         frozen = self.study.tell(trial, value if state == "completed" else None, state=_STATES[state])
         return _record(frozen)
 
+    def note_session(self, number: int, *, begun: float, seconds: float, worker_seconds: float) -> None:
+        """Write how much the `number`-th session (a run of the driver) has used so far; again and again,
+        since a killed one can't at its end. `begun` is in seconds since 1970."""
+        session = {"begun": begun, "seconds": seconds, "worker_seconds": worker_seconds}
+        self.study.set_user_attr(f"{_SESSION}{number}", session)
+
+    def sessions(self) -> list[dict[str, float]]:
+        """As they were last noted, in their order."""
+        attrs = self.study.user_attrs
+        numbers = sorted(int(key.removeprefix(_SESSION)) for key in attrs if key.startswith(_SESSION))
+        return [attrs[f"{_SESSION}{number}"] for number in numbers]
+
+    def used(self) -> Used:
+        sessions = self.sessions()
+        return Used(
+            sum(session["seconds"] for session in sessions),
+            sum(session["worker_seconds"] for session in sessions),
+        )
+
     def records(self) -> list[TrialRecord]:
         return [_record(frozen) for frozen in self.study.get_trials(deepcopy=False)]
 
     def ended(self) -> list[TrialRecord]:
-        return [record for record in self.records() if record.state != "running"]
+        """In the order of their ends."""
+        frozen = self.study.get_trials(deepcopy=False)
+        ended = [(each.datetime_complete, each) for each in frozen if each.datetime_complete is not None]
+        return [_record(each) for _, each in sorted(ended, key=operator.itemgetter(0))]
 
     def best(self) -> TrialRecord | None:
         """The completed trial with the best objective; the earliest of equals."""

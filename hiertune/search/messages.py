@@ -84,4 +84,9 @@ class Failed:
     incidents: tuple[Incident, ...] = ()
 
 
-Event = Reported | Finished | Failed
+@dataclass(frozen=True)
+class Stopped:
+    """The search is stopping, and no worker group had taken the job up, or the one that had was lost."""
+
+
+Event = Reported | Finished | Failed | Stopped

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,12 @@ class RunFolder:
         self.log = root / "search.log"
         self.model = root / "model"
         self.ray = root / ".ray"
+        self.lock = root / "search.lock"
+        """Held by the process that runs the search."""
+        self.request = root / "stop-request"
+        """How `hiertune stop` asks it to stop."""
+        self.resume = root / "resume.sh"
+        """The command that goes on with the search, as a script."""
 
     def trial(self, number: int) -> Path:
         return self.root / "trials" / f"{number:04d}"
@@ -58,6 +66,16 @@ class RunFolder:
         self.space.write_text(space_text, encoding="utf-8")
 
 
+def state_of(record: TrialRecord) -> str:
+    """A trial that runs while the search does not was interrupted."""
+    return "interrupted" if record.state == "running" else record.state
+
+
+def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
+    """How many trials came to each end."""
+    return dict(Counter(map(state_of, records)))
+
+
 def write_trials(path: Path, records: list[TrialRecord]) -> None:
     """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
     import pandas as pd
@@ -65,7 +83,7 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
     rows = [
         {
             "trial": record.number,
-            "state": "interrupted" if record.state == "running" else record.state,
+            "state": state_of(record),
             "reason": record.reason,
             "epochs": record.epochs,
             "seconds": record.seconds,
@@ -75,14 +93,14 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
         }
         for record in records
     ]
-    _replace(path, pd.DataFrame(rows).to_csv(index=False))
+    replace_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    _replace(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")

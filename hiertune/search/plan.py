@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from hiertune.check import check_with_data, warnings_with_data
-from hiertune.config import GridConfig, SearchConfig, TrialConfig
+from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
 from hiertune.errors import InputError
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
 from hiertune.search.outputs import RunFolder
@@ -36,6 +37,8 @@ class SearchPlan:
     resume: bool
     warnings: tuple[str, ...] = ()
     """What can be searched, but is seldom meant."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Options that were given instead of the file's, as typed: a resumed search needs them again."""
 
     @property
     def metric(self) -> str:
@@ -56,7 +59,13 @@ class SearchPlan:
 
 
 def plan_search(
-    file: Path, runs: Path, *, name: str | None = None, trials: int | None = None, resume: bool = False
+    file: Path,
+    runs: Path,
+    *,
+    name: str | None = None,
+    trials: int | None = None,
+    time_budget: str | None = None,
+    resume: bool = False,
 ) -> SearchPlan:
     """Read and check a space file with all that it refers to.
 
@@ -65,6 +74,7 @@ def plan_search(
         runs: folder in which `<name>/` is made.
         name: instead of the file's own.
         trials: instead of the file's own; with `resume`, the number to extend to.
+        time_budget: instead of the file's own: seconds, or with a unit.
         resume: go on with the search of that name.
 
     Raises:
@@ -74,6 +84,8 @@ def plan_search(
     config = space.config
     if name is not None:
         config = _renamed(config, name)
+    if time_budget is not None:
+        config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
     if resume:
         folder.require_existing()
@@ -91,8 +103,17 @@ def plan_search(
     wanted = trials or config.search.trials
     if isinstance(config.search.sampler, GridConfig):
         wanted = int(min(wanted, space.size()))
+    given = {"trials": trials, "time-budget": time_budget}
     return SearchPlan(
-        space, config, data, folder, wanted, uri, resume, tuple(warnings_with_data(space, data))
+        space,
+        config,
+        data,
+        folder,
+        wanted,
+        uri,
+        resume,
+        tuple(warnings_with_data(space, data)),
+        {option: str(value) for option, value in given.items() if value is not None},
     )
 
 
@@ -101,6 +122,20 @@ def _renamed(config: SearchConfig, name: str) -> SearchConfig:
         return SearchConfig.model_validate({**config.model_dump(), "name": name})
     except ValidationError as error:
         raise InputError(f"--name {name!r}: {error.errors()[0]['msg']}") from None
+
+
+def _with_time_budget(config: SearchConfig, text: str) -> SearchConfig:
+    seconds: str | float
+    try:
+        seconds = float(text)  # as in YAML, where a number needs no quotes
+    except ValueError:
+        seconds = text
+    try:
+        section = {**config.search.model_dump(), "time_budget": seconds}
+        return config.model_copy(update={"search": SearchSection.model_validate(section)})
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"--time-budget {text!r}: {message}") from None
 
 
 def _open_data(space: Space, folder: Path) -> HierarchicalDataset:

@@ -26,6 +26,8 @@ _IDLE_STARTS_ALLOWED = 2
 _GOODBYE_S = 30.0
 """How long idle workers may take to go home; whoever stays is ended with the cluster."""
 _GOODBYE_AFTER_ERROR_S = 5.0
+_SAVED_S = 600.0
+"""How long a checkpoint may take to be written."""
 
 
 class WorkerPool:
@@ -54,6 +56,9 @@ class WorkerPool:
         return self
 
     def __exit__(self, error_type, error, trace) -> None:
+        if error_type is not None and issubclass(error_type, KeyboardInterrupt):
+            self._closing = True  # the workers end with Ray
+            return
         self.close(_GOODBYE_S if error is None else _GOODBYE_AFTER_ERROR_S)
 
     def run(self, job: Job) -> Finished | Failed:
@@ -65,6 +70,21 @@ class WorkerPool:
             for note in event.result.notes if isinstance(event, Reported) else ():
                 logger.info("%s: %s", job.id, note)
         return event
+
+    def halt(self) -> None:
+        """Jobs that no worker group holds are Stopped; those that one holds go on."""
+        self._tell("halt")
+
+    def settle(self) -> None:
+        """End what Tune has left running, wait until it is saved, and take jobs again."""
+        self._tell("settle")
+        self._tell("go_on")
+
+    def _tell(self, message: str) -> None:
+        try:
+            ray.get(getattr(self.broker, message).remote(), timeout=_SAVED_S)
+        except RayError as error:  # what the workers do then is of no importance any more
+            logger.warning("the worker groups could not be told to %s: %s", message, error)
 
     def close(self, timeout_s: float) -> None:
         """Send the workers home and wait until their trainers are gone."""

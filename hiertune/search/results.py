@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiertune._programs import as_typed
+from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
+from hiertune.search.outputs import count_states
 from hiertune.search.plan import SearchPlan
 from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
 
@@ -53,10 +55,40 @@ def print_results(
         console.print(_verdict(label, control["against_winner"]), highlight=False)
     console.print()
     delivery = Delivery(*(summary["tracking"][name] for name in ("delivered", "total", "error")))
+    if (ended := ended_line(summary)) is not None:
+        console.print(ended, highlight=False)
     console.print(f"{states} in {summary['seconds']:.0f} s; {delivery_line(delivery)}", highlight=False)
     console.print()
-    for what, command in next_commands(plan, decode=renamed).items():
+    for what, command in next_commands(plan, summary, decode=renamed).items():
         console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+
+
+def ended_line(summary: dict[str, Any]) -> str | None:
+    """Why a search has fewer trials than it was to have."""
+    ended = summary.get("ended")  # older summaries have none
+    return None if ended is None or ended["by"] == "trials" else ended["reason"]
+
+
+def progress_line(records: list[TrialRecord], trials: int) -> str:
+    """How far a search is that does not run, in one sentence."""
+    states = count_states(records)
+    epochs = sorted(record.epochs for record in records if record.state == "running")
+    interrupted = states.pop("interrupted", 0)
+    ended = sum(states.values())
+    detail = ", ".join(f"{count} {state}" for state, count in states.items())
+    text = f"{ended} of {trials} trials ended" + (f" ({detail})" if ended else "")
+    if not interrupted:
+        return text
+    at = "epoch" if len(set(epochs)) == 1 else "epochs"
+    one = "1 interrupted one goes" if interrupted == 1 else f"{interrupted} interrupted ones go"
+    return f"{text}, {one} on from {at} {_listed(sorted(set(epochs)))}"
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) > 5:
+        return f"{numbers[0]} to {numbers[-1]}"
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def decoding_line(decoding: dict[str, Any], metric: str) -> str:
@@ -69,30 +101,48 @@ def decoding_line(decoding: dict[str, Any], metric: str) -> str:
     return f"decoded: {decoding['name']} ({metric} {before} -> {after}; best of {decoding['tried']} rules)"
 
 
-def next_commands(plan: SearchPlan, decode: bool = False) -> dict[str, str]:
+def next_commands(plan: SearchPlan, summary: dict[str, Any], decode: bool = False) -> dict[str, str]:
     """What a user will want to type or open after a search."""
     folder, program = os.path.relpath(plan.folder.root), as_typed("hiertune")
     command, page = ui_command(plan.tracking_uri), runs_page(plan.tracking_uri)
     compare = "Compare the runs in MLflow"
     return {
         **({compare: page} if command is None else {compare: command, "  and open": page}),
-        "Extend the search": resume_command(plan, trials=2 * plan.trials),
+        "Extend the search": extension(plan, _ending_of(plan, summary)),
         **({"Name as decoded": f"{program} decode {shlex.quote(folder)} --save"} if decode else {}),
         "Use the model": f"{program} predict {shlex.quote(folder)}/model INPUT",
         "Read the report": f"{folder}/report.html",
     }
 
 
-def resume_command(plan: SearchPlan, trials: int | None = None) -> str:
-    """What to type to go on with this search."""
-    words = [as_typed("hiertune"), "search", shlex.quote(str(plan.space.file)), "--resume"]
+def extension(plan: SearchPlan, ending: Ending) -> str:
+    """What to type for twice of what ended the search."""
+    if ending.by == "trials":
+        return resume_command(plan, trials=str(2 * plan.trials))
+    if ending.by == "time_budget":
+        return resume_command(plan, **{"time-budget": as_duration(2 * ending.limit)})
+    return f"{resume_command(plan)}  # after raising search.{ending.by} in {plan.space.file}"
+
+
+def _ending_of(plan: SearchPlan, summary: dict[str, Any]) -> Ending:
+    ended = summary.get("ended", {"by": "trials", "reason": "", "limit": plan.trials})  # older ones have none
+    return Ending(ended["by"], ended["reason"], ended["limit"])
+
+
+def resume_command(plan: SearchPlan, **instead: str) -> str:
+    """What to type to go on with this search; `instead` replaces options that were given."""
+    return search_command(plan, "--resume", **instead)
+
+
+def search_command(plan: SearchPlan, *flags: str, **instead: str) -> str:
+    words = [as_typed("hiertune"), "search", shlex.quote(str(plan.space.file)), *flags]
     runs = plan.folder.root.parent
     if runs != Path("runs").resolve():
         words += ["--runs", shlex.quote(os.path.relpath(runs))]
     if plan.config.name != plan.space.config.name:
         words += ["--name", plan.config.name]
-    if trials is not None:
-        words += ["--trials", str(trials)]
+    for option, value in {**plan.given, **instead}.items():
+        words += [f"--{option}", shlex.quote(value)]
     return " ".join(words)
 
 

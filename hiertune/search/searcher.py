@@ -31,8 +31,8 @@ class LedgerSearcher(Searcher):
         make_job: what a trial trains, from its number and config.
         broker: name of the broker actor, for the trial actors.
         metric: the objective.
-        limit: number of trials after which the search is finished.
-        interrupted: while it says True, trials that Tune stops stay open in the ledger.
+        halted: from when it says True, trials that Tune stops stay open in the ledger.
+        enough: from when it says True, only trials that an interruption left behind are begun.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class LedgerSearcher(Searcher):
         metric: str,
         mode: str,
         listener: Listener,
-        interrupted: Callable[[], bool],
+        halted: Callable[[], bool],
+        enough: Callable[[], bool],
     ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._ledger = ledger
@@ -52,12 +53,13 @@ class LedgerSearcher(Searcher):
         self._make_job = make_job
         self._broker = broker
         self._listener = listener
-        self._interrupted = interrupted
+        self._halted = halted
+        self._enough = enough
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
 
     def suggest(self, trial_id: str) -> dict | str:  # type: ignore[override]  # FINISHED is a str
-        if self._interrupted():
+        if self._halted() or (self._enough() and not self._ledger.has_interrupted):
             return Searcher.FINISHED
         trial = self._ledger.next_trial()
         config = self._suggest(trial)
@@ -73,11 +75,13 @@ class LedgerSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         trial = self._live.pop(trial_id)
         result = result or {}
+        if result.get("state") == "interrupted":
+            return  # no worker had it; it goes on when the search resumes
         state, reason = _verdict(result, error)
         if state != "failed" and self.metric in result:
             self._report(trial, result)
-        if state == "pruned" and self._interrupted():
-            return  # stopped by the user, not by the scheduler: it goes on when the search resumes
+        if state == "pruned" and self._halted():
+            return  # stopped by the user or a budget, not by the scheduler: it goes on as well
         record = self._ledger.tell(
             trial,
             state,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from hiertune.decoding import AS_TRAINED
+from hiertune.search.budget import Ending
 from hiertune.search.decoding import Choice
-from hiertune.search.ledger import TrialRecord
+from hiertune.search.ledger import TrialRecord, Used
+from hiertune.search.outputs import count_states
 from hiertune.search.plan import SearchPlan
 from hiertune.search.winner import DECODED, Contender, compare
 
@@ -24,13 +25,21 @@ def summarise(
     contenders: dict[str, Contender],
     decoding: Choice,
     seconds: float,
+    ending: Ending,
+    used: Used,
 ) -> dict[str, Any]:
     """Everything about the search but how its tracking was delivered."""
-    winner = contenders["winner"]
+    winner, states = contenders["winner"], count_states(records)
     return {
         "name": plan.config.name,
         "objective": {"metric": plan.metric, "mode": plan.mode, "value": best.value},
-        "trials": dict(Counter(record.state for record in records)),
+        "trials": states,
+        "ended": {
+            "by": ending.by,
+            "reason": ending.sentence(states, plan.trials),
+            "limit": ending.limit,
+            "used": {name: round(value, 1) for name, value in asdict(used).items()},
+        },
         "winner": {
             "trial": best.number,
             "params": best.params,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 from ray import tune
 
-from hiertune.search.messages import Failed, Finished, Job, Reported
+from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped
 
 
 class TrialActor(tune.Trainable):
@@ -40,6 +40,8 @@ class TrialActor(tune.Trainable):
                 }
             case Failed(reason):
                 return {"state": "failed", "reason": reason, "done": True}
+            case Stopped():
+                return {"state": "interrupted", "done": True}
             case Finished():
                 # Only reached when a resumed checkpoint was already complete.
                 return {**event.outcome.metrics, "state": "completed", "done": True}

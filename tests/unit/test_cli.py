@@ -1,9 +1,11 @@
 """The command line on bad input: one message, exit code 2, nothing started, nothing left."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import h5py
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from hiertune import Taxonomy
 from hiertune.cli import main
 from hiertune.data import write_dataset
+from hiertune.search.plan import plan_search
 
 GOOD = """name: it
 data: {path: data.h5}
@@ -152,6 +155,46 @@ def test_other_commands_refuse_too(folder, capsys):
     assert "nowhere" in refused(capsys, "export", "nowhere", "out")
     assert "builtin:rrna16s" in refused(capsys, "data", "describe", "builtin:rna")
     assert "name" in refused(capsys, "search", "space.yaml", "--name", "../above")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("soon", "must be seconds, or a number with a unit"),
+        ("0", "greater than 0"),
+        ("-5m", "must be seconds"),
+        ("nan", "finite"),
+    ],
+)
+def test_a_time_budget_is_checked_as_in_the_file(folder, capsys, text, expected):
+    message = refused(capsys, "search", "space.yaml", f"--time-budget={text}")
+    assert message.startswith(f"error: --time-budget {text!r}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("1.5h", 5400.0)])
+def test_a_time_budget_replaces_that_of_the_file(folder, text, seconds):
+    plan = plan_search(folder / "space.yaml", folder / "runs", time_budget=text, trials=7)
+    assert plan.config.search.time_budget == seconds
+    assert plan.config.search.trials == 2, "nothing else changes"
+    assert plan.given == {"trials": "7", "time-budget": text}
+
+
+def test_only_a_search_that_runs_can_be_stopped(folder, capsys):
+    assert "there is no search 'it'" in refused(capsys, "stop", "it")
+
+
+def test_ctrl_c_while_a_search_is_checked_ends_at_once(folder):
+    (folder / "space.yaml").unlink()
+    os.mkfifo(folder / "space.yaml")  # nobody writes: reading it waits
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hiertune", "search", "space.yaml"], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "stopped before the search began; the same command starts it\n"
 
 
 def test_a_search_that_exists_is_not_overwritten(folder, capsys):

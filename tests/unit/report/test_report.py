@@ -107,6 +107,15 @@ def test_a_comparison_of_nothing(finished):
     assert "Against nearest neighbour: " in text
 
 
+@pytest.mark.parametrize(("by", "said"), [("patience", True), ("trials", False)])
+def test_why_a_search_ended_early(finished, by, said):
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["ended"] = {"by": by, "reason": "no improvement in the last 9 trials: 20 of <b> trials"}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    text = write_report(finished).read_text()
+    assert ("Ended early: no improvement in the last 9 trials: 20 of &lt;b&gt; trials." in text) == said
+
+
 def decoded(finished, **decoding):
     summary = json.loads((finished / "summary.json").read_text())
     summary["winner"]["decoding"] = decoding

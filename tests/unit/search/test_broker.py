@@ -8,7 +8,7 @@ import pytest
 
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.search.broker import Broker, StaleGeneration
-from hiertune.search.messages import Failed, Finished, Job, Reported
+from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
 
 CONFIG = TrialConfig(data=DataConfig(path="none.h5"))
@@ -338,5 +338,58 @@ def test_after_a_stop_the_submitter_hears_nothing_more():
         await broker.finish("g", "a", 0, OUTCOME)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(broker.advance("t"), 0.01)
+
+    run(scenario)
+
+
+def test_when_halted_jobs_that_no_worker_holds_are_stopped_and_the_others_go_on():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("held"))
+        await broker.submit(job("waits"))
+        assert (await broker.take("g", "a", 0, 0)).id == "held"
+        await broker.halt()
+        await broker.submit(job("late"))
+        assert await broker.advance("waits") == Stopped()
+        assert await broker.advance("late") == Stopped()
+        decided = asyncio.create_task(broker.report("g", "a", 0, 0, epoch(1)))
+        assert await broker.advance("held") == Reported(epoch(1))
+        await broker.stop("held")
+        assert await decided is Decision.STOP
+        await broker.finish("g", "a", 0, OUTCOME)
+        await broker.go_on()
+        await broker.submit(job("after"))
+        assert (await broker.take("g", "a", 0, 1)).id == "after"
+
+    run(scenario)
+
+
+def test_a_job_whose_workers_are_lost_while_halted_does_not_wait_for_new_ones():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        await broker.halt()
+        await broker.lost("g")
+        assert await broker.advance("t") == Stopped()
+
+    run(scenario)
+
+
+def test_settling_waits_until_every_held_job_is_saved():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(job("t"))
+        await broker.take("g", "a", 0, 0)
+        await broker.halt()
+        settled = asyncio.create_task(broker.settle())
+        assert await broker.report("g", "a", 0, 0, epoch(1)) is Decision.STOP, "nobody asks for more of it"
+        await settle()
+        assert not settled.done()
+        await broker.finish("g", "a", 0, OUTCOME)
+        await settled
 
     run(scenario)

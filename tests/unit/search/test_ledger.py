@@ -5,7 +5,7 @@ import pytest
 
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.errors import InputError
-from hiertune.search.ledger import Ledger
+from hiertune.search.ledger import Ledger, Used
 from hiertune.search.messages import Job
 from hiertune.search.searcher import LedgerSearcher
 
@@ -111,7 +111,7 @@ class Recorder:
 @pytest.fixture
 def search(path):
     ledger, recorder = open_ledger(path), Recorder()
-    interrupted = []
+    interrupted, enough = [], []
 
     def suggest(trial):
         trial.suggest_float("x", 0.0, 1.0)
@@ -126,7 +126,9 @@ def search(path):
         "max",
         recorder,
         lambda: bool(interrupted),
+        lambda: bool(enough),
     )
+    searcher.test_enough = enough
     return searcher, ledger, recorder, interrupted
 
 
@@ -230,3 +232,43 @@ def test_all_that_a_weighting_reports_is_passed_on(search):
     measured = {f"{name}/a": 0.5 for name in ("weight", "grad_norm", "target", "rate")}
     searcher.on_trial_result("t", result(1, 0.5, state="running", **measured))
     assert recorder.events[-1] == ("reported", 0, 1, {"val/accuracy": 0.5, "lr": 0.1, **measured})
+
+
+def test_a_trial_that_no_worker_held_stays_open(search):
+    searcher, ledger, recorder, _ = search
+    searcher.suggest("t")
+    searcher.on_trial_complete("t", {"state": "interrupted", "training_iteration": 1})
+    assert [record.state for record in ledger.records()] == ["running"]
+    assert [event[0] for event in recorder.events] == ["started"]
+
+
+def test_when_it_is_enough_only_interrupted_trials_are_begun(search, path):
+    searcher, ledger, _, _ = search
+    searcher.suggest("t")
+    searcher.test_enough.append(True)
+    assert searcher.suggest("u") == "FINISHED"
+    searcher._ledger = Ledger.open(path, ledger.study.study_name, "max", resume=True)
+    assert searcher.suggest("t again")["job"].id == "trial-0"
+    assert searcher.suggest("u") == "FINISHED"
+    assert len(ledger.records()) == 1
+
+
+def test_what_sessions_used_is_added_up_and_read_back(path):
+    ledger = open_ledger(path)
+    assert ledger.used() == Used(0.0, 0.0)
+    ledger.note_session(0, begun=1e9, seconds=5.0, worker_seconds=8.0)
+    ledger.note_session(0, begun=1e9, seconds=10.5, worker_seconds=20.0)  # what is noted last counts
+    for number in range(1, 12):
+        ledger.note_session(number, begun=1e9 + number, seconds=1.0, worker_seconds=2.0)
+    again = Ledger.open(path, ledger.study.study_name, "max", resume=True)
+    assert again.used() == Used(21.5, 42.0)
+    assert [session["begun"] - 1e9 for session in again.sessions()] == list(range(12))
+
+
+def test_ended_trials_come_in_the_order_of_their_ends(path):
+    ledger = open_ledger(path)
+    first, second = ledger.next_trial(), ledger.next_trial()
+    ledger.next_trial()
+    ledger.tell(second, "completed", value=0.5)
+    ledger.tell(first, "failed", reason="x")
+    assert [record.number for record in ledger.ended()] == [1, 0]

@@ -7,35 +7,105 @@ from types import SimpleNamespace
 import pytest
 
 from hiertune.search import results
+from hiertune.search.budget import Ending
 from hiertune.search.ledger import TrialRecord
 from hiertune.search.outputs import RunFolder, write_summary
 from hiertune.search.winner import Comparison
 
 
-def plan(tmp_path, runs="runs", name="it"):
+def plan(tmp_path, runs="runs", name="it", **given):
     return SimpleNamespace(
         folder=RunFolder(tmp_path / runs / name),
         config=SimpleNamespace(name=name),
         space=SimpleNamespace(file="my space.yaml", config=SimpleNamespace(name="it")),
+        given=given,
+        trials=8,
     )
 
 
 @pytest.mark.parametrize(
-    ("options", "trials", "command"),
+    ("options", "instead", "command"),
     [
-        ({}, None, "hiertune search 'my space.yaml' --resume"),
+        ({}, {}, "hiertune search 'my space.yaml' --resume"),
         (
             {"runs": "else where"},
-            8,
+            {"trials": "8"},
             "hiertune search 'my space.yaml' --resume --runs 'else where' --trials 8",
         ),
-        ({"name": "other"}, None, "hiertune search 'my space.yaml' --resume --name other"),
+        ({"name": "other"}, {}, "hiertune search 'my space.yaml' --resume --name other"),
+        (
+            {"trials": "8", "time-budget": "90m"},
+            {},
+            "hiertune search 'my space.yaml' --resume --trials 8 --time-budget 90m",
+        ),
+        (
+            {"trials": "8", "time-budget": "90m"},
+            {"trials": "16"},
+            "hiertune search 'my space.yaml' --resume --trials 16 --time-budget 90m",
+        ),
     ],
 )
-def test_the_command_that_resumes(tmp_path, monkeypatch, options, trials, command):
+def test_the_command_that_resumes(tmp_path, monkeypatch, options, instead, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "as_typed", lambda name: name)
-    assert results.resume_command(plan(tmp_path, **options), trials) == command
+    assert results.resume_command(plan(tmp_path, **options), **instead) == command
+
+
+@pytest.mark.parametrize(
+    ("ending", "command"),
+    [
+        (Ending("trials", "", 8), "hiertune search 'my space.yaml' --resume --trials 16"),
+        (Ending("time_budget", "", 5400.0), "hiertune search 'my space.yaml' --resume --time-budget 3h"),
+        (
+            Ending("worker_hours", "", 2.0),
+            "hiertune search 'my space.yaml' --resume  # after raising search.worker_hours in my space.yaml",
+        ),
+    ],
+)
+def test_the_command_that_extends(tmp_path, monkeypatch, ending, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "as_typed", lambda name: name)
+    assert results.extension(plan(tmp_path), ending) == command
+
+
+ENDED = [
+    *(TrialRecord(number, "completed", {}, 0.5) for number in range(12)),
+    *(TrialRecord(number, "pruned", {}, 0.5) for number in range(12, 16)),
+    TrialRecord(16, "failed", {}, None),
+]
+
+
+def interrupted(*epochs):
+    return [TrialRecord(17 + i, "running", {}, None, epochs=epoch) for i, epoch in enumerate(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("records", "line"),
+    [
+        ([], "0 of 32 trials ended"),
+        (ENDED, "17 of 32 trials ended (12 completed, 4 pruned, 1 failed)"),
+        (
+            ENDED + interrupted(9, 7),
+            "17 of 32 trials ended (12 completed, 4 pruned, 1 failed), "
+            "2 interrupted ones go on from epochs 7 and 9",
+        ),
+        (interrupted(3), "0 of 32 trials ended, 1 interrupted one goes on from epoch 3"),
+        (interrupted(3, 3), "0 of 32 trials ended, 2 interrupted ones go on from epoch 3"),
+        (
+            interrupted(*range(9)),
+            "0 of 32 trials ended, 9 interrupted ones go on from epochs 0 to 8",
+        ),
+    ],
+)
+def test_how_far_a_search_is(records, line):
+    assert results.progress_line(records, 32) == line
+
+
+def test_a_search_that_ended_early_says_why():
+    ended = {"by": "time_budget", "reason": "time budget of 2h spent: 17 of 32 trials", "limit": 7200.0}
+    assert results.ended_line({"ended": ended}) == "time budget of 2h spent: 17 of 32 trials"
+    assert results.ended_line({"ended": ended | {"by": "trials"}}) is None
+    assert results.ended_line({}) is None, "of an older version"
 
 
 def test_the_leaderboard_has_completed_trials_from_the_best_on():

@@ -1,0 +1,94 @@
+"""`hiertune stop`: asks a search that runs elsewhere to stop. Imports no Ray.
+
+Nothing but the run folder is between the two, so it works from another machine that sees the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import time
+from collections import Counter
+from pathlib import Path
+
+import filelock
+from rich.console import Console
+from rich.markup import escape
+
+from hiertune._text import visible
+from hiertune.errors import InputError
+from hiertune.search.interrupt import NOW, STOP
+from hiertune.search.outputs import RunFolder, replace_text
+
+_POLL_S = 0.2
+
+
+def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
+    """Ask the search `runs/name` to stop, wait until it has, and say how far it got.
+
+    Raises:
+        InputError: there is no such search, or it does not run.
+    """
+    begun = _begun(runs)
+    if name not in begun:
+        allowed = ", ".join(begun) or "a search that was begun; `--runs` names another folder"
+        raise InputError(f"there is no search {name!r} in {runs}", key="NAME", allowed=allowed)
+    folder = RunFolder(runs.resolve() / name)
+    if not _runs(folder):
+        raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
+    replace_text(folder.request, NOW if now else STOP)
+    waiting = "stopping" if now else "asked; the current epochs end first (Ctrl-C here ends only the waiting)"
+    try:
+        with console.status(waiting):
+            while _runs(folder):
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        console.print(f"{folder.root.name} stops when its current epochs have ended", highlight=False)
+        return
+    console.print(escape(visible(_outcome(folder), keep="\n")), highlight=False, soft_wrap=True)
+
+
+def write_command(folder: RunFolder, command: str) -> None:
+    """Keep the command that resumes a search beside what it resumes."""
+    replace_text(folder.resume, f"cd {shlex.quote(os.getcwd())} && {command}\n")
+
+
+def _runs(folder: RunFolder) -> bool:
+    lock = filelock.FileLock(folder.lock)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _outcome(folder: RunFolder) -> str:
+    states = _states(folder.trials)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none was begun"
+    ended = folder.summary.exists() and folder.summary.stat().st_mtime >= folder.trials.stat().st_mtime
+    if ended:
+        return f"{folder.root.name} has come to its end; its trials: {counts}"
+    return f"{folder.root.name} has stopped; its trials: {counts}; go on with:\n  {_command(folder)}"
+
+
+def _states(trials: Path) -> Counter[str]:
+    if not trials.exists():
+        return Counter()
+    with trials.open(encoding="utf-8", newline="") as file:
+        return Counter(row["state"] for row in csv.DictReader(file))
+
+
+def _command(folder: RunFolder) -> str:
+    """Without the folder that it is typed in, where that is this one."""
+    if not folder.resume.exists():  # of a search that was begun before there were any
+        return "hiertune search SPACE.yaml --resume"
+    command = folder.resume.read_text(encoding="utf-8").strip()
+    return command.removeprefix(f"cd {shlex.quote(os.getcwd())} && ")
+
+
+def _begun(runs: Path) -> list[str]:
+    """Names of the searches in this folder."""
+    if not runs.is_dir():
+        return []
+    return sorted(path.name for path in runs.iterdir() if RunFolder(path).space.exists())

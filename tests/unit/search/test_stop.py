@@ -1,0 +1,106 @@
+"""`hiertune stop`, against a thread that behaves as a running search."""
+
+import io
+import threading
+import time
+
+import filelock
+import pytest
+from rich.console import Console
+
+from hiertune.errors import InputError
+from hiertune.search.outputs import RunFolder
+from hiertune.search.stop import stop_search, write_command
+
+TRIALS = "trial,state\n0,completed\n1,completed\n2,pruned\n3,interrupted\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(tmp_path / "runs" / "it")
+    folder.create("name: it\n")
+    write_command(folder, "hiertune search it.yaml --resume --trials 8")
+    return folder
+
+
+def stop(folder, now=False):
+    out = io.StringIO()
+    stop_search(folder.root.parent, folder.root.name, now, Console(file=out, width=200))
+    return out.getvalue()
+
+
+@pytest.fixture
+def running(folder):
+    """The search runs until it is asked to stop; then it ends as `end` says. What it was asked is kept."""
+    asked, has_begun = [], threading.Event()
+
+    def start(end):
+        def run():
+            with filelock.FileLock(folder.lock):
+                has_begun.set()
+                deadline = time.monotonic() + 30
+                while not folder.request.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                asked.append(folder.request.read_text())
+                folder.request.unlink()
+                end()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        has_begun.wait()
+        return asked
+
+    return start
+
+
+@pytest.mark.parametrize(("now", "request_"), [(False, "stop"), (True, "now")])
+def test_it_waits_until_the_search_has_stopped_and_says_how_far_it_got(folder, running, now, request_):
+    def end():
+        time.sleep(0.5)
+        folder.trials.write_text(TRIALS)
+
+    asked = running(end)
+    assert stop(folder, now) == (
+        "it has stopped; its trials: 2 completed, 1 pruned, 1 interrupted; go on with:\n"
+        "  hiertune search it.yaml --resume --trials 8\n"
+    )
+    assert asked == [request_]
+
+
+def test_the_command_says_where_it_is_to_be_typed(folder, running, tmp_path, monkeypatch):
+    running(lambda: None)
+    (tmp_path / "else where").mkdir()
+    monkeypatch.chdir(tmp_path / "else where")
+    assert stop(folder) == (
+        "it has stopped; its trials: none was begun; go on with:\n"
+        f"  cd {tmp_path} && hiertune search it.yaml --resume --trials 8\n"
+    )
+
+
+def test_a_search_that_came_to_its_end_meanwhile(folder, running):
+    def end():
+        folder.trials.write_text("trial,state\n0,completed\n")
+        folder.summary.write_text("{}")
+
+    running(end)
+    assert stop(folder) == "it has come to its end; its trials: 1 completed\n"
+
+
+def test_a_search_that_does_not_run_is_not_asked(folder):
+    with pytest.raises(InputError, match="it is not running; it goes on with:") as refused:
+        stop(folder)
+    assert "\n  hiertune search it.yaml --resume --trials 8" in str(refused.value)
+    assert not folder.request.exists()
+
+
+@pytest.mark.parametrize("name", ["other", "../it", "it/../it", ".", "", "/etc"])
+def test_a_name_without_a_search(folder, name):
+    with pytest.raises(InputError, match="there is no search") as refused:
+        stop_search(folder.root.parent, name, False, Console(file=io.StringIO()))
+    assert refused.value.allowed == "it"
+
+
+def test_a_folder_without_searches(tmp_path):
+    with pytest.raises(InputError, match="`--runs` names another folder"):
+        stop_search(tmp_path / "none", "it", False, Console(file=io.StringIO()))
