@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import tune
 from rich.console import Console
+from rich.markup import escape
 
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
@@ -30,18 +31,20 @@ from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
-from hiertune.search.results import delivery_line, print_results
+from hiertune.search.results import delivered_line, delivery_line, print_results
 from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.strategies import build_sampler, build_scheduler
 from hiertune.search.summary import summarise
 from hiertune.search.trainable import TrialActor
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
-from hiertune.tracking import Tracker, display_uri
+from hiertune.tracking import Delivery, Tracker, display_uri
 
 logger = logging.getLogger(__name__)
 
-_DELIVERY_PATIENCE_S = 60.0
+# How long the end of a search waits for an MLflow that takes nothing. A server that is started again is
+# back in less; a longer outage is not worth the user's time, as one command delivers the rest later.
+_DELIVERY_PATIENCE_S = 10.0
 
 
 class SearchFailed(Exception):
@@ -78,12 +81,13 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
             plan.config.name,
             resume=plan.resume,
         )
+        tracker.reconcile(ledger.ended())
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
         checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
-        with _tracked(plan, tracker):
+        with _tracked(plan, tracker, console):
             with display, _cluster(display), _pool(plan) as pool:
                 display.resumed(ledger.ended())
                 best = _find_best(plan, ledger, pool, listeners, tracker)
@@ -97,7 +101,7 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
             seconds = time.monotonic() - begun
             summary = summarise(plan, ledger.records(), best, contenders, decoding, seconds)
             _track_winner(tracker, folder, summary)
-        delivery = tracker.close(_DELIVERY_PATIENCE_S)
+        delivery = _deliver_rest(tracker, console)
         summary["tracking"] = {"uri": display_uri(plan.tracking_uri), **asdict(delivery)}
         write_summary(folder.summary, summary)
         write_report(folder.root)
@@ -115,7 +119,7 @@ def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None
 
 
 @contextlib.contextmanager
-def _tracked(plan: SearchPlan, tracker: Tracker) -> Iterator[None]:
+def _tracked(plan: SearchPlan, tracker: Tracker, console: Console) -> Iterator[None]:
     """The search's own run in MLflow, ended as the search ends."""
     params = flatten(plan.config.search)
     tracker.search_started(params | {"objective.metric": plan.metric, "data": plan.data.source})
@@ -125,9 +129,19 @@ def _tracked(plan: SearchPlan, tracker: Tracker) -> Iterator[None]:
     except BaseException as error:
         stopped = isinstance(error, SearchInterrupted | KeyboardInterrupt)
         tracker.search_ended("interrupted" if stopped else "failed")
-        tracker.close(_DELIVERY_PATIENCE_S)
+        delivery = _deliver_rest(tracker, console)
+        console.print(escape(delivered_line(delivery, plan.folder.root)), highlight=False, soft_wrap=True)
         raise
     tracker.search_ended("completed")
+
+
+def _deliver_rest(tracker: Tracker, console: Console) -> Delivery:
+    """Wait for what is on its way to MLflow, and say so where it may take a while."""
+    waiting = f"{delivery_line(tracker.status())}; Ctrl-C does not wait"
+    if tracker.status().since is not None and not console.is_terminal:
+        console.print(escape(waiting), highlight=False, soft_wrap=True)
+    with console.status(escape(waiting)):
+        return tracker.close(_DELIVERY_PATIENCE_S)
 
 
 @contextlib.contextmanager
