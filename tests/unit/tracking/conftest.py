@@ -1,51 +1,10 @@
-"""Real MLflow servers on loopback, and a proxy in front of them that misbehaves on request."""
+"""A real MLflow server on loopback, and a proxy in front of it that misbehaves on request."""
 
-import os
-import signal
+import shutil
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 
 import pytest
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-class Server:
-    """`mlflow server` over the SQLite file `store`."""
-
-    def __init__(self, store, port=None):
-        self.store = store
-        self.port = port or free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.store}", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.store.parent / "served")]
-        log_file = self.store.with_suffix(".log")
-        with log_file.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 150
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return self
-            except OSError:
-                assert self._process.poll() is None, log_file.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-
-    def stop(self):
-        os.killpg(self._process.pid, signal.SIGTERM)  # its own session: the server and its workers
-        self._process.wait(30)
 
 
 class Proxy:
@@ -62,10 +21,10 @@ class Proxy:
         self.requests = 0
         self.choose = None
         self._fault = None
-        self._port = free_port()
-        self.uri = f"http://127.0.0.1:{self._port}"
+        self._port = 0  # any
         self._open = []
         self._listen()
+        self.uri = f"http://127.0.0.1:{self._port}"
 
     @property
     def fault(self):
@@ -84,6 +43,7 @@ class Proxy:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(("127.0.0.1", self._port))
         self._listener.listen(50)
+        self._port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
 
     def close(self):
@@ -164,22 +124,20 @@ def empty_store(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def make_server():
-    """`make_server(store, port=None)`: a server that ends with the test, unless it was stopped."""
-    return Server
+@pytest.fixture(scope="session")
+def make_server(bench_module):
+    """`make_server(folder)`: an MLflow server over `folder/mlflow.db`, not started."""
+    return bench_module("_outage").Server
 
 
 @pytest.fixture(scope="session")
-def server(empty_store, tmp_path_factory):
+def server(make_server, empty_store, tmp_path_factory):
     """A server that all tests share: each has its own search, so its own runs."""
-    import shutil
-
-    store = tmp_path_factory.mktemp("server") / "mlflow.db"
-    shutil.copy(empty_store, store)
-    server = Server(store).start()
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    server = make_server(folder).start().wait()
     yield server
-    server.stop()
+    server.kill()
 
 
 @pytest.fixture

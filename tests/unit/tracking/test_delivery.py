@@ -265,7 +265,7 @@ def test_a_resume_elsewhere_takes_everything_along(run_dir, uri, empty_store):
 
 
 def test_a_server_that_comes_up_late_gets_everything_once(run_dir, make_server):
-    server = make_server(run_dir.parent / "mlflow.db")
+    server = make_server(run_dir.parent)
     uri = server.uri
     tracked = Tracker.start(run_dir, uri, "hiertune", "s1")
     write_search(tracked)
@@ -282,12 +282,12 @@ def test_a_server_that_comes_up_late_gets_everything_once(run_dir, make_server):
         client, parent, _ = runs_of(uri)
         assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["space.yaml"]
     finally:
-        server.stop()
+        server.kill()
     assert total_rows(f"sqlite:///{run_dir.parent}/mlflow.db") == ALL_ROWS
 
 
 def test_sync_gives_up_in_time_and_says_why_and_no_password_is_kept(run_dir, make_server, monkeypatch):
-    uri = make_server(run_dir / "none.db").uri.replace("//", "//me:secret@")
+    uri = make_server(run_dir).uri.replace("//", "//me:secret@")
     shown = uri.replace("secret", "***")
     tracked = Tracker.start(run_dir, uri, "hiertune", "s1")
     tracked.log(None, 1, {"a": 1.0})

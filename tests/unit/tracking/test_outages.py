@@ -165,8 +165,9 @@ def test_another_and_empty_store_behind_the_same_address_gets_everything(
     search = Search(run_dir, proxy.uri, "emptied")
     search.epochs(2)
     search.arrived()
-    shutil.copy(empty_store, tmp_path / "other.db")
-    other = make_server(tmp_path / "other.db").start()
+    (tmp_path / "other").mkdir()
+    shutil.copy(empty_store, tmp_path / "other" / "mlflow.db")
+    other = make_server(tmp_path / "other").start().wait()
     try:
         proxy.backend = other.port  # between two requests: no request fails
         search.epochs(2)
@@ -175,7 +176,7 @@ def test_another_and_empty_store_behind_the_same_address_gets_everything(
         assert status == Delivery(status.total, status.total)
         search.check(other.uri)
     finally:
-        other.stop()
+        other.kill()
 
 
 def test_a_refused_login_is_told_and_mended_by_the_environment(run_dir, proxy, monkeypatch):
