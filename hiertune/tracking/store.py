@@ -39,6 +39,9 @@ Unreachable = (ConnectionError, TimeoutError, requests.ConnectionError, requests
 FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 GONE = "RESOURCE_DOES_NOT_EXIST"
 
+# Where MLflow and requests say which HTTP status there was.
+_STATUS = r"error code (\d{3}) !=|too many (\d{3}) error responses|(\d{3}) (?:Client|Server) Error"
+
 # A pruned trial is a good result of the search, but not a run that finished.
 STATUS = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "interrupted": "KILLED"}
 
@@ -128,8 +131,10 @@ class Store:
         path = self._run_dir / record["path"]
         try:
             self._try(1, self._client.log_artifact, run_id, str(path), record["artifact_path"])
-        except (MlflowException, *Unreachable):
-            raise
+        except (MlflowException, requests.RequestException, *Unreachable) as error:
+            if not _is_refusal(error):
+                raise
+            self._refuse(1, f"{path}: {error}")
         except Exception as error:  # noqa: BLE001 (each kind of file store raises its own library's errors)
             self._refuse(1, f"{path}: {error!r}")
 
@@ -213,12 +218,20 @@ class Store:
         print(self.refusal, file=sys.stderr)
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server's answer to a file means that the same file will never be taken."""
+    if not isinstance(error, requests.HTTPError) or error.response is None:
+        return False
+    status = error.response.status_code
+    return 400 <= status < 500 and status not in (401, 403, 407, 408, 425, 429)
+
+
 def explain(error: BaseException, uri: str) -> str:
     """One line for the terminal; MLflow's own text for an unreachable server takes ten."""
     place, said = display_uri(uri), " ".join(str(error).replace(uri, display_uri(uri)).split())[:300]
-    status = re.search(r"error code (\d{3}) !=|too many (\d{3}) error responses", str(error))
+    status = re.search(_STATUS, str(error))
     if status is not None:
-        return f"{place} {_answer(int(status[1] or status[2]))}"
+        return f"{place} {_answer(int(status[status.lastindex or 0]))}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, TimeoutError | requests.ReadTimeout):

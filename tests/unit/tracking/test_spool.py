@@ -179,6 +179,10 @@ def test_a_kill_at_any_byte_loses_and_doubles_nothing(undisturbed, cut, late, or
             assert summarise(run_dir).closed
         run(run_dir, ledger, resume=True, back=back)
         assert kept(run_dir) == undisturbed
+        opened = [
+            line for line in (run_dir / SPOOL).read_bytes().splitlines() if line.startswith(b'{"op":"open"')
+        ]
+        assert len(opened) == (2 if lines else 1)
         # and once more: killed anywhere behind that, before anything was trained
         before = (run_dir / SPOOL).read_bytes()
         (run_dir / SPOOL).write_bytes(before[: size + round(again * (len(before) - size))])
