@@ -232,16 +232,23 @@ def explain(error: BaseException, uri: str) -> str:
     status = re.search(_STATUS, str(error))
     if status is not None:
         return f"{place} {_answer(int(status[status.lastindex or 0]))}"
+    causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, TimeoutError | requests.ReadTimeout):
-            return f"{place} does not answer"
-        if isinstance(cause, ChunkedEncodingError | json.JSONDecodeError):
-            return f"{place} breaks off in its answers"
-        if isinstance(cause, Unreachable):
-            return f"{place} can't be reached"
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    for kinds, problem in _PROBLEMS.items():
+        if any(isinstance(cause, kinds) for cause in causes):
+            return f"{place} {problem}"
     return said
+
+
+# Of the exceptions that led to one: a timeout is wrapped in what else is a lost connection.
+_PROBLEMS: dict[tuple[type[BaseException], ...], str] = {
+    (TimeoutError, requests.Timeout): "does not answer",
+    (ChunkedEncodingError, json.JSONDecodeError): "breaks off in its answers",
+    Unreachable: "can't be reached",
+}
 
 
 def _answer(status: int) -> str:
