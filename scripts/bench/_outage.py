@@ -65,8 +65,9 @@ class Server:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # its own session: the server and its workers
-        self._process.wait()
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: the server and its workers
+            self._process.wait()
 
 
 def write_data(folder: Path) -> None:
