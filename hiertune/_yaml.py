@@ -60,8 +60,11 @@ def shown_key(key: Key) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+_PASSWORD = re.compile(r"(?i)(://[^/:@]*:)[^/]*(?=@)|(password=)[^&']*")
+
+
 def show(value: Any) -> str:
-    """A value as a user wrote it, cut to a readable length."""
+    """A value as a user wrote it, without the passwords of addresses, cut to a readable length."""
     if value is None:
         text = "null"
     elif isinstance(value, bool):
@@ -71,7 +74,7 @@ def show(value: Any) -> str:
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(show(item) for item in value[:8]) + (", ..." if len(value) > 8 else "") + "]"
     else:
-        text = repr(value)
+        text = _PASSWORD.sub(r"\1\2***", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

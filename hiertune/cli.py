@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -23,6 +24,7 @@ from hiertune.errors import InputError
 if TYPE_CHECKING:
     from hiertune.search.interrupt import Interruption
     from hiertune.search.plan import SearchPlan
+    from hiertune.tracking import Delivery
 
 app = typer.Typer(
     name="hiertune",
@@ -36,6 +38,8 @@ data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(data_app, name="data")
 import_app = typer.Typer(help="Take over settings from other programs.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
+track_app = typer.Typer(help="See to what a search tells MLflow.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder per search.")]
 
@@ -198,16 +202,62 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-@app.command()
-def sync(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")]) -> None:
-    """Deliver to MLflow what a search could not deliver."""
-    from hiertune.tracking import sync as deliver
+Search = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or its folder.")]
 
-    delivery = deliver(run)
-    Console().print(f"{delivery.delivered} of {delivery.total} points delivered", highlight=False)
-    if delivery.error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(delivery.error)}", highlight=False)
+
+@track_app.command("sync")
+def track_sync(
+    name: Search,
+    runs: Runs = Path("runs"),
+    uri: Annotated[str | None, typer.Option(help="Where to, instead of where the search tracked to.")] = None,
+) -> None:
+    """Deliver to MLflow what a search could not deliver."""
+    from hiertune.tracking import at_work, sync
+
+    console, run = Console(), _tracked_run(name, runs)
+    if at_work(run):
+        console.print("the search still runs: waiting for its own delivery", highlight=False)
+    with console.status("delivering"):
+        delivery = sync(run, uri)
+    _show_delivery(console, run, delivery)
+    if not delivery.complete:
         sys.exit(1)
+
+
+@track_app.command("status")
+def track_status(name: Search, runs: Runs = Path("runs")) -> None:
+    """Show how much of a search is in MLflow."""
+    from hiertune.tracking import at_work, delivery
+
+    console, run = Console(), _tracked_run(name, runs)
+    if at_work(run):
+        console.print("the search still runs", highlight=False)
+    _show_delivery(console, run, delivery(run))
+
+
+def _tracked_run(name: str, runs: Path) -> Path:
+    """The folder of a search: `name` in `runs`, or a folder as it is."""
+    from hiertune.tracking import is_tracked
+
+    for folder in (Path(name), runs / name):
+        if is_tracked(folder):
+            return folder.resolve()
+    known = sorted(folder.name for folder in runs.glob("*") if is_tracked(folder))
+    raise InputError(
+        f"no search of this name was tracked: {name}",
+        file=runs,
+        allowed=", ".join(known) or "a name in that folder (--runs), or the folder of a search",
+    )
+
+
+def _show_delivery(console: Console, run: Path, delivery: Delivery) -> None:
+    from hiertune.tracking import destination_of
+
+    text = f"{delivery.delivered} of {delivery.total} points delivered to {destination_of(run)}"
+    console.print(escape(visible(text)), highlight=False, soft_wrap=True)
+    if delivery.error:
+        since = "" if delivery.since is None else f" (since {datetime.fromtimestamp(delivery.since):%F %T})"
+        console.print(f"[yellow]{escape(visible(delivery.error))}[/]{since}", highlight=False, soft_wrap=True)
 
 
 @data_app.callback()

@@ -696,8 +696,19 @@ class SearchSection(Config):
 
 class TrackingConfig(Config):
     uri: str | None = None
-    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else SQLite under the runs folder."""
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, else SQLite under the runs folder. Logins come
+    from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
     experiment: str = "hiertune"
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and (re.search(r"://[^/@]*:[^/]*@", uri) or re.search(r"(?i)password=", uri)):
+            raise ValueError(
+                "holds a password: give the whole address in MLFLOW_TRACKING_URI, or a server's login in "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

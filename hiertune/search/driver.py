@@ -17,6 +17,7 @@ import filelock
 import ray
 from ray import tune
 from rich.console import Console
+from rich.markup import escape
 
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
@@ -34,7 +35,14 @@ from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
-from hiertune.search.results import delivery_line, extension, print_results, progress_line, resume_command
+from hiertune.search.results import (
+    delivered_line,
+    delivery_line,
+    extension,
+    print_results,
+    progress_line,
+    resume_command,
+)
 from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.session import Session
 from hiertune.search.stop import write_command
@@ -47,7 +55,9 @@ from hiertune.tracking import Delivery, Tracker, display_uri
 
 logger = logging.getLogger(__name__)
 
-_DELIVERY_PATIENCE_S = 60.0
+_DELIVERY_PATIENCE_S = 10.0
+"""How long the end of a search waits for an MLflow that takes nothing. A server that is started again is
+back in less; a longer outage is not worth the user's time, as one command delivers the rest later."""
 _LAST_POINTS_S = 2.0
 """How long delivery may take when the search is to stop at once."""
 
@@ -93,6 +103,7 @@ def run_search(
             plan.config.name,
             resume=plan.resume,
         )
+        tracker.reconcile(ledger.ended())
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
@@ -172,7 +183,8 @@ def _tracked(
     except BaseException as error:
         stopped = isinstance(error, SearchInterrupted | KeyboardInterrupt)
         tracker.search_ended("interrupted" if stopped else "failed")
-        _deliver(tracker, interruption, console)
+        delivery = _deliver(tracker, interruption, console)
+        console.print(escape(delivered_line(delivery, plan.folder.root)), highlight=False, soft_wrap=True)
         raise
     tracker.search_ended("completed")
 
@@ -181,11 +193,12 @@ def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> 
     """What is tracked, as far as the user waits for it. The rest stays in the spool."""
     if interruption.at_once:
         return tracker.close(_LAST_POINTS_S)
+    status = tracker.status()
+    waiting = f"{delivery_line(status)}; Ctrl-C ends the waiting, and loses nothing"
+    if status.since is not None and not console.is_terminal:
+        console.print(escape(waiting), highlight=False, soft_wrap=True)
     try:
-        with (
-            interruption.skippable(),
-            console.status("delivering to MLflow; Ctrl-C ends the waiting, and loses nothing"),
-        ):
+        with interruption.skippable(), console.status(escape(waiting)):
             return tracker.close(_DELIVERY_PATIENCE_S)
     except Skipped:
         return tracker.close(0.0)

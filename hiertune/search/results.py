@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,30 @@ _LEADERBOARD_ROWS = 10
 
 
 def delivery_line(delivery: Delivery) -> str:
-    """How far tracking is, for the terminal."""
+    """How far tracking is, for the terminal while the search runs."""
     text = f"tracking: {delivery.delivered} of {delivery.total} points delivered"
-    return f"{text} (waiting: {delivery.error})" if delivery.error else text
+    if delivery.since is None:
+        return f"{text} ({delivery.error})" if delivery.error else text
+    since = time.strftime("%H:%M:%S", time.localtime(delivery.since))
+    return f"{text}; {delivery.total - delivery.delivered} wait since {since}: {delivery.error}"
+
+
+def delivered_line(delivery: Delivery, run: Path) -> str:
+    """What came of tracking, and for the runs of a search that has ended what to type for the rest."""
+    text = f"{delivery.delivered} of {delivery.total} points delivered"
+    if delivery.complete:
+        return text
+    if delivery.error and delivery.since is None and delivery.error.startswith("refused for good"):
+        return f"{text}: {delivery.error}"
+    why = f" ({delivery.error})" if delivery.error else ""
+    return f"{text}{why}; `{sync_command(run)}` delivers the rest"
+
+
+def sync_command(run: Path) -> str:
+    words = [as_typed("hiertune"), "track", "sync", shlex.quote(run.name)]
+    if run.parent != Path("runs").resolve():
+        words += ["--runs", shlex.quote(os.path.relpath(run.parent))]
+    return " ".join(words)
 
 
 def print_results(
@@ -54,10 +76,14 @@ def print_results(
     for label, control in controls.items():
         console.print(_verdict(label, control["against_winner"]), highlight=False)
     console.print()
-    delivery = Delivery(*(summary["tracking"][name] for name in ("delivered", "total", "error")))
+    delivery = Delivery(*(summary["tracking"].get(name) for name in ("delivered", "total", "error", "since")))
     if (ended := ended_line(summary)) is not None:
         console.print(ended, highlight=False)
-    console.print(f"{states} in {summary['seconds']:.0f} s; {delivery_line(delivery)}", highlight=False)
+    console.print(
+        f"{states} in {summary['seconds']:.0f} s; {escape(delivered_line(delivery, plan.folder.root))}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print()
     for what, command in next_commands(plan, summary, decode=renamed).items():
         console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)

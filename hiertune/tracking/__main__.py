@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 PATIENCE = 120.0
@@ -22,6 +23,9 @@ def main() -> None:
     from hiertune.tracking.courier import deliver  # takes seconds: it imports mlflow
 
     deliver(options.spool.resolve().parent, options.parent, options.drain, options.patience)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a search may be waiting, and taking all these modules down takes time
 
 
 if __name__ == "__main__":

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
+import platform
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from hiertune.tracking.spool import LOCK, SPOOL, State, count, encode, parse, read_lines, summarise
+from hiertune.tracking.spool import (
+    LOCK,
+    READ_BYTES,
+    SPOOL,
+    State,
+    destination,
+    end_for_the_dead,
+    parse,
+    read_lines,
+    summarise,
+)
 from hiertune.tracking.store import Emptied, Store, Unavailable, explain
+from hiertune.tracking.uri import display_uri
 
 POLL = 1.0  # seconds between looks at the spool
 FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0  # seconds between attempts while MLflow is unavailable
@@ -23,89 +36,122 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0  # seconds between attempts while MLflow 
 def deliver(run_dir: Path, parent: int, drain: bool, patience: float) -> None:
     """Deliver until the spool is closed, its writer `parent` is gone, or (`drain`) it is read to its end.
 
-    A delivery that nobody waits for gives up after `patience` seconds without success. At most one
-    process at a time works on a folder; a second one waits.
+    The address is that of MLFLOW_TRACKING_URI. A delivery that nobody waits for gives up after
+    `patience` seconds without success. At most one process at a time works on a folder; a second one
+    waits, and if it came to drain, for what the first one delivers.
     """
+    starter = Starter(parent)
     lock = filelock.FileLock(run_dir / LOCK)
-    began = time.monotonic()
+    wanted = summarise(run_dir).total
+    passed, last_success = -1, time.monotonic()
     while not lock.is_locked:
-        try:
+        with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=POLL)
-        except filelock.Timeout:
-            if os.getppid() != parent or (drain and time.monotonic() - began > patience):
-                return  # whoever holds the lock is at work
+            break
+        state = State.load(run_dir)  # of whoever holds the lock and is at work
+        if state.passed != passed:
+            passed, last_success = state.passed, time.monotonic()
+        if starter.gone or (drain and (passed >= wanted or time.monotonic() - last_success > patience)):
+            return
     with lock:
-        Courier(run_dir, parent, drain, patience).work()
+        Courier(run_dir, starter, drain, patience).work()
+
+
+class Starter:
+    """The process that started this one. Its end of our standard input closes when it says so or dies."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._left = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while os.read(0, 1):
+            pass
+        self._left.set()
+
+    @property
+    def gone(self) -> bool:
+        return self._left.is_set() or os.getppid() != self._pid
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; until the starter leaves, if it does so meanwhile."""
+        if self._left.is_set():
+            time.sleep(seconds)
+        else:
+            self._left.wait(seconds)
 
 
 class Courier:
-    def __init__(self, run_dir: Path, parent: int, drain: bool, patience: float) -> None:
+    def __init__(self, run_dir: Path, starter: Starter, drain: bool, patience: float) -> None:
         self._run_dir = run_dir
-        self._parent = parent
+        self._starter = starter
         self._drain = drain
         self._patience = patience
         self._store: Store | None = None
         self._closed = False
-        self._header = summarise(run_dir).header
-        place = " ".join(self._header[key] for key in ("uid", "uri", "experiment"))
-        self._destination = hashlib.sha256(place.encode()).hexdigest()  # the address may hold a password
+        self._disturbed = False
+        self._uri = os.environ["MLFLOW_TRACKING_URI"]
+        self._header = {**summarise(run_dir).header, "uri": display_uri(self._uri)}
         self._state = State.load(run_dir)
-        if self._state.destination != self._destination:
-            self._state = State(self._destination)
+        spooled = (run_dir / SPOOL).stat().st_size
+        if self._state.destination != destination(self._header) or self._state.offset > spooled:
+            self._state = self._nothing_sent()
+
+    def _nothing_sent(self) -> State:
+        return State(destination(self._header), self._header["uri"])
 
     def work(self) -> None:
-        delay, last_success = FIRST_DELAY, time.monotonic()
+        delay, size, last_success, left = FIRST_DELAY, READ_BYTES, time.monotonic(), False
+        session = self._header["session"]
+        if self._drain and is_dead(self._header):
+            end_for_the_dead(self._run_dir, session)
         while True:
-            alone = self._orphaned()
-            data = read_lines(self._run_dir / SPOOL, self._state.offset)
-            if not data:
-                if self._closed or alone or self._drain:
-                    return
+            if self._starter.gone and not left:
+                left = True
                 last_success = time.monotonic()
-                time.sleep(POLL)
+                if not self._drain:
+                    end_for_the_dead(self._run_dir, session)
+            data = read_lines(self._run_dir / SPOOL, self._state.offset, size)
+            if not data:
+                if self._closed or left or self._drain:
+                    break
+                self._starter.wait(POLL)
             elif self._attempt(data):
-                delay, last_success = FIRST_DELAY, time.monotonic()
-            elif (alone or self._drain) and time.monotonic() - last_success > self._patience:
-                return
+                delay, last_success, size = FIRST_DELAY, time.monotonic(), min(8 * size, READ_BYTES)
+            elif (left or self._drain) and self._is_over(last_success):
+                break
             else:
-                time.sleep(delay)
+                self._starter.wait(delay)
                 delay = min(2 * delay, LONGEST_DELAY)
+                size = max(size // 8, 1)  # where many a request fails, only small steps get through
 
-    def _orphaned(self) -> bool:
-        """Whether the parent is gone. If it died in mid-search, the open runs are ended first, so that
-        they don't look at work for ever."""
-        if os.getppid() == self._parent:
-            return False
-        spool = summarise(self._run_dir)
-        if spool.header["pid"] == self._parent and not spool.closed:
-            now, total = round(time.time() * 1000), spool.total
-            tags = {"hiertune.reason": "the search was killed"}
-            lines = b"\n"  # its last line may be torn
-            for trial in spool.open_runs:
-                record = {"op": "end", "t": now, "trial": trial, "state": "interrupted", "tags": tags}
-                total += count(record)
-                lines += encode(record, total)
-            lines += encode({"op": "close", "t": now, "trial": None}, total)
-            with (self._run_dir / SPOOL).open("ab") as file:
-                file.write(lines)
-        return True
+    def _is_over(self, last_success: float) -> bool:
+        """Whether to give up: in time, or at once for a search that went on and has its own delivery."""
+        late = time.monotonic() - last_success > self._patience
+        return late or summarise(self._run_dir).header["session"] != self._header["session"]
 
     def _attempt(self, data: bytes) -> bool:
         """Deliver `data` and note it; False, with the error noted, when it must be tried again."""
         records = [record for line in data.splitlines() if (record := parse(line)) is not None]
         try:
             if self._store is None:
-                self._store = Store(self._run_dir, self._header, self._state.runs)
+                self._store = Store(self._run_dir, {**self._header, "uri": self._uri}, self._state.runs)
             self._store.refused = 0
             self._send(self._store, records)
         except Emptied:
-            self._state = State(self._destination)  # the store was emptied: everything goes there again
+            self._state, self._store = self._nothing_sent(), None  # everything goes there again
             return True
         except Unavailable as error:
-            runs = self._state.runs if self._store is None else dict(self._store.runs)
-            self._state = replace(self._state, error=explain(error, self._header["uri"]), runs=runs)
+            self._state = replace(
+                self._state,
+                error=explain(error, self._uri),
+                since=self._state.since or time.time(),
+                runs=self._state.runs if self._store is None else dict(self._store.runs),
+            )
             self._state.save(self._run_dir)
             self._store = None  # the connection may be what is broken
+            self._disturbed = True
             return False
         self._state = replace(
             self._state,
@@ -113,6 +159,7 @@ class Courier:
             passed=records[-1]["n"] if records else self._state.passed,
             refused=self._state.refused + self._store.refused,
             error=self._store.refusal,
+            since=None,
             runs=dict(self._store.runs),
         )
         self._state.save(self._run_dir)
@@ -137,3 +184,18 @@ class Courier:
                 store.artifact(trial, record)
         for trial, logs in waiting.items():
             store.log(trial, logs)
+        if self._closed and self._disturbed:
+            store.remove_doubles()
+
+
+def is_dead(writer: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote an `open` record is known to be gone. Of other machines nothing is."""
+    if os.name != "posix" or writer["host"] != platform.node():
+        return False
+    try:
+        os.kill(writer["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's: it has that number now, or it is the search
+    return False

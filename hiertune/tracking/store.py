@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import requests
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
+from requests.exceptions import ChunkedEncodingError
 from sqlalchemy.exc import SQLAlchemyError
 
 from hiertune.tracking.limits import (
@@ -26,11 +30,17 @@ from hiertune.tracking.limits import (
 )
 from hiertune.tracking.uri import artifact_location, display_uri
 
-Unavailable = (MlflowException, SQLAlchemyError, OSError)  # requests' errors are OSErrors
+# Requests' errors are OSErrors; an answer that was cut off is no JSON, which is a ValueError.
+Unavailable = (MlflowException, SQLAlchemyError, OSError, json.JSONDecodeError)
 Unreachable = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
 
-# Final answers: the same request can never succeed. Any other error may pass.
+# Final answers: the same request can never succeed. Any other error may pass, and so may whatever
+# something between us and MLflow says, such as a proxy's 404: MLflow's own answers are JSON.
 FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
+GONE = "RESOURCE_DOES_NOT_EXIST"
+
+# Where MLflow and requests say which HTTP status there was.
+_STATUS = r"error code (\d{3}) !=|too many (\d{3}) error responses|(\d{3}) (?:Client|Server) Error"
 
 # A pruned trial is a good result of the search, but not a run that finished.
 STATUS = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "interrupted": "KILLED"}
@@ -55,10 +65,10 @@ class Store:
         self.refusal: str | None = None
         self._run_dir = run_dir
         self._header = header
+        self._by_http = header["uri"].startswith("http")
         self._client = MlflowClient(tracking_uri=header["uri"])
         self._experiment = self._find_experiment()
-        if "" in self.runs:
-            self._check_exists(self.runs[""])
+        self._check_exists()
 
     def _find_experiment(self) -> str:
         name = self._header["experiment"]
@@ -68,12 +78,14 @@ class Store:
         location = artifact_location(self._header["uri"], self._run_dir.parent)
         return self._client.create_experiment(name, artifact_location=location)
 
-    def _check_exists(self, run_id: str) -> None:
+    def _check_exists(self) -> None:
+        if "" not in self.runs:
+            return
         try:
-            self._client.get_run(run_id)
+            self._client.get_run(self.runs[""])
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise Emptied(run_id) from None
+            if self._is_final(error) and error.error_code == GONE:
+                raise Emptied(self.runs[""]) from None
             raise
 
     def start(self, trial: str, record: Mapping[str, Any]) -> None:
@@ -119,8 +131,10 @@ class Store:
         path = self._run_dir / record["path"]
         try:
             self._try(1, self._client.log_artifact, run_id, str(path), record["artifact_path"])
-        except (MlflowException, *Unreachable):
-            raise
+        except (MlflowException, requests.RequestException, *Unreachable) as error:
+            if not _is_refusal(error):
+                raise
+            self._refuse(1, f"{path}: {error}")
         except Exception as error:  # noqa: BLE001 (each kind of file store raises its own library's errors)
             self._refuse(1, f"{path}: {error!r}")
 
@@ -135,8 +149,10 @@ class Store:
             if trial:
                 tags["hiertune.trial"] = trial
             query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-            found = self._client.search_runs([self._experiment], query, max_results=1)
-            self.runs[trial] = found[0].info.run_id if found else self._create(trial, started, tags)
+            found = self._client.search_runs([self._experiment], query, ViewType.ALL, max_results=10)
+            # One that was deleted by hand is used only where there is no other.
+            best = min(found, key=lambda run: run.info.lifecycle_stage != "active", default=None)
+            self.runs[trial] = best.info.run_id if best else self._create(trial, started, tags)
         return self.runs[trial]
 
     def _create(self, trial: str, started: int, tags: Mapping[str, str]) -> str:
@@ -144,24 +160,57 @@ class Store:
         if trial:
             tags = {**tags, "mlflow.parentRunId": self._run("", started)}
         run = self._client.create_run(self._experiment, start_time=started, tags=dict(tags), run_name=name)
+        if not run.info.run_id:  # MLflow's client takes an empty answer for a good one
+            raise ConnectionError("an answer was empty")
         return run.info.run_id
+
+    def remove_doubles(self) -> None:
+        """Delete empty runs: a request made them whose answer never came, so it was sent again."""
+        query = f"tags.`hiertune.uid` = '{self._header['uid']}'"
+        known, token = set(self.runs.values()), None
+        while True:
+            page = self._client.search_runs([self._experiment], query, max_results=1000, page_token=token)
+            for run in page:
+                if run.data.tags.get("hiertune.trial", "") in self.runs and run.info.run_id not in known:
+                    self._client.delete_run(run.info.run_id)
+            token = page.token
+            if not token:
+                return
 
     def _params(self, run_id: str, params: Mapping[str, str]) -> None:
         for batch in batches((Param(*item) for item in params.items()), MOST_VALUES, json_size):
             self._try(len(batch), self._client.log_batch, run_id, (), batch)
 
     def _tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        labels = [RunTag(clean_name(key), text(value, LONGEST_TAG)) for key, value in tags.items()]
+        """Set tags; None takes one away."""
+        given = {clean_name(key): value for key, value in tags.items()}
+        for key, value in given.items():
+            if value is None:
+                self._remove_tag(run_id, key)
+        labels = [RunTag(key, text(value, LONGEST_TAG)) for key, value in given.items() if value is not None]
         for batch in batches(labels, MOST_VALUES, json_size):
             self._try(len(batch), self._client.log_batch, run_id, (), (), batch)
+
+    def _remove_tag(self, run_id: str, key: str) -> None:
+        try:
+            self._client.delete_tag(run_id, key)
+        except MlflowException as error:  # one that isn't there is a good end of it
+            if not self._is_final(error):
+                raise
 
     def _try(self, values: int, call: Callable[..., object], *arguments: object) -> None:
         try:
             call(*arguments)
         except MlflowException as error:
-            if error.error_code not in FINAL:
+            if not self._is_final(error):
                 raise
+            if error.error_code == GONE:
+                self._check_exists()  # or is it the whole store that is another one?
             self._refuse(values, error.message)
+
+    def _is_final(self, error: MlflowException) -> bool:
+        answered = not self._by_http or isinstance(error, RestException)
+        return answered and error.error_code in FINAL
 
     def _refuse(self, values: int, why: str) -> None:
         self.refused += values
@@ -169,11 +218,44 @@ class Store:
         print(self.refusal, file=sys.stderr)
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server's answer to a file means that the same file will never be taken."""
+    if not isinstance(error, requests.HTTPError) or error.response is None:
+        return False
+    status = error.response.status_code
+    return 400 <= status < 500 and status not in (401, 403, 407, 408, 425, 429)
+
+
 def explain(error: BaseException, uri: str) -> str:
     """One line for the terminal; MLflow's own text for an unreachable server takes ten."""
+    place, said = display_uri(uri), " ".join(str(error).replace(uri, display_uri(uri)).split())[:300]
+    status = re.search(_STATUS, str(error))
+    if status is not None:
+        return f"{place} {_answer(int(status[status.lastindex or 0]))}"
+    causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, Unreachable):
-            return f"{display_uri(uri)} can't be reached"
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).replace(uri, display_uri(uri)).split())[:300]
+    for kinds, problem in _PROBLEMS.items():
+        if any(isinstance(cause, kinds) for cause in causes):
+            return f"{place} {problem}"
+    return said
+
+
+# Of the exceptions that led to one: a timeout is wrapped in what else is a lost connection.
+_PROBLEMS: dict[tuple[type[BaseException], ...], str] = {
+    (TimeoutError, requests.Timeout): "does not answer",
+    (ChunkedEncodingError, json.JSONDecodeError): "breaks off in its answers",
+    Unreachable: "can't be reached",
+}
+
+
+def _answer(status: int) -> str:
+    if status in (401, 403):
+        return (
+            f"refused the login ({status}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN"
+        )
+    known = status in {each.value for each in HTTPStatus}
+    return f"answers {status} {HTTPStatus(status).phrase}" if known else f"answers {status}"

@@ -62,11 +62,12 @@ def runs_page(uri: str) -> str:
 
 
 def display_uri(uri: str) -> str:
-    """`uri` without its password."""
+    """`uri` with `***` for its passwords."""
     parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+    if parts.password is not None:
+        login, _, host = parts.netloc.rpartition("@")
+        uri = urlunsplit(parts._replace(netloc=f"{login.partition(':')[0]}:***@{host}"))
+    return re.sub(r"(?i)([?&][^=&]*(?:password|passwd|token|secret)[^=&]*=)[^&#]+", r"\1***", uri)
 
 
 def sqlite_file(uri: str) -> Path | None:

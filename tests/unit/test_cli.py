@@ -335,3 +335,61 @@ def test_the_handler_of_sigterm_is_put_back(folder, capsys):
     done(capsys, "data", "describe", "data.h5")
     refused(capsys, "data", "describe", "none.h5")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def tracked(folder):
+    """`runs/it`, of a search whose delivery got half-way."""
+    run = folder / "runs" / "it"
+    run.mkdir(parents=True)
+    spool = (
+        '{"op":"open","t":1,"trial":null,"uri":"http://me:***@host","experiment":"e","search":"it","uid":"u",'
+        '"session":"s","host":"h","pid":1,"n":0}\n'
+        '{"op":"log","t":1,"trial":0,"step":1,"metrics":{"a":1.0,"b":2.0},"n":2}\n'
+    )
+    (run / "tracking.jsonl").write_text(spool)
+    late = {"uri": "http://me:***@host", "passed": 1, "error": "http://[b] can't be reached", "since": 0.0}
+    (run / "tracking.offset").write_text(json.dumps(late))
+    return run
+
+
+def test_a_search_that_tracks_is_found_by_name_and_by_folder(tracked, capsys):
+    for words in (
+        ["it"],
+        ["runs/it"],
+        [str(tracked)],
+        ["it", "--runs", "runs"],
+        ["it", "--runs", str(tracked.parent)],
+    ):
+        said = done(capsys, "track", "status", *words)
+        assert said.splitlines()[0] == "1 of 2 points delivered to http://me:***@host"
+        assert said.splitlines()[1].startswith("http://[b] can't be reached (since 19")
+    assert "no search of this name was tracked: other" in refused(capsys, "track", "status", "other")
+    assert "allowed: it" in refused(capsys, "track", "sync", "other")
+    assert "nowhere: no search" in refused(capsys, "track", "sync", "it2", "--runs", "nowhere")
+
+
+def test_a_sync_says_what_it_lacks(tracked, capsys, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "lacks its password, which is not kept" in refused(capsys, "track", "sync", "it")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://you:secret@host")
+    said = refused(capsys, "track", "sync", "it")
+    assert "the whole address" in said
+    assert "secret" not in said
+    assert "MLflow knows no 'ftp' addresses" in refused(capsys, "track", "sync", "it", "--uri", "ftp://host")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:s3cret@host", "http://me:***@host"),
+        ("http://:s3cr@et@host", "http://:***@host"),
+        ("postgresql://me@host/db?password=s3cret", "postgresql://me@host/db?password=***"),
+    ],
+)
+def test_a_password_in_the_file_is_refused_and_not_repeated(folder, capsys, uri, shown):
+    (folder / "space.yaml").write_text(GOOD + f"tracking: {{uri: '{uri}'}}\n")
+    said = refused(capsys, "search", "space.yaml")
+    assert f"space.yaml:7: tracking.uri: '{shown}': holds a password" in said
+    assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "s3c" not in said

@@ -1,6 +1,7 @@
 """What is printed at the end can be typed."""
 
 import json
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from hiertune.search.budget import Ending
 from hiertune.search.ledger import TrialRecord
 from hiertune.search.outputs import RunFolder, write_summary
 from hiertune.search.winner import Comparison
+from hiertune.tracking import Delivery
 
 
 def plan(tmp_path, runs="runs", name="it", **given):
@@ -146,3 +148,24 @@ def test_a_comparison_of_nothing_can_be_written(tmp_path):
     write_summary(tmp_path / "summary.json", {"controls": {"flat": {"against_winner": comparison}}})
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["controls"]["flat"]["against_winner"] == comparison
+
+
+def test_what_the_terminal_says_of_an_outage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "as_typed", lambda name: name)
+    monkeypatch.setattr(time, "localtime", time.gmtime)
+    assert results.delivery_line(Delivery(90, 100)) == "tracking: 90 of 100 points delivered"
+    late = Delivery(90, 100, "http://host can't be reached", since=3723.0)
+    assert results.delivery_line(late) == (
+        "tracking: 90 of 100 points delivered; 10 wait since 01:02:03: http://host can't be reached"
+    )
+    run = tmp_path / "runs" / "it"
+    assert results.delivered_line(Delivery(100, 100), run) == "100 of 100 points delivered"
+    assert results.delivered_line(late, run) == (
+        "90 of 100 points delivered (http://host can't be reached); "
+        "`hiertune track sync it` delivers the rest"
+    )
+    elsewhere = results.delivered_line(Delivery(90, 100), tmp_path / "my runs" / "it")
+    assert elsewhere.endswith("; `hiertune track sync it --runs 'my runs'` delivers the rest")
+    refused = Delivery(90, 100, "refused for good: too long")
+    assert results.delivered_line(refused, run) == "90 of 100 points delivered: refused for good: too long"

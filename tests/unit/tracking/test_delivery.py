@@ -4,15 +4,14 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
+from hiertune.errors import InputError
 from hiertune.tracking import Delivery, Tracker, delivery, resolve_uri, sync, tracker
 from hiertune.tracking.spool import STATE, summarise
 
@@ -20,16 +19,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(tracker.__file__).resolve().parents[2]
 TRIALS, STEPS, METRICS = 4, 30, 20
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A database with MLflow's tables: making them takes longer than any test here."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -213,6 +202,7 @@ def test_a_killed_search_leaves_no_run_at_work_and_goes_on(run_dir, uri):
     assert sorted(trials) == [0, 1]
     assert trials[1].info.status == parent.info.status == "FINISHED"
     assert trials[1].data.metrics == {"a": 2.0}
+    assert not any("hiertune.reason" in run.data.tags for run in (parent, trials[1])), "no longer killed"
     assert parent.data.params == {"search.trials": "2"}  # MLflow's parameters never change
     assert parent.data.tags["hiertune.now/search.trials"] == "3"
 
@@ -274,37 +264,9 @@ def test_a_resume_elsewhere_takes_everything_along(run_dir, uri, empty_store):
     assert total_rows(uri) == total_rows(other) == ALL_ROWS
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_server(run_dir, port):
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{run_dir.parent}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(run_dir.parent / "served")]
-    with (run_dir.parent / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return server
-        except OSError:
-            assert server.poll() is None, (run_dir.parent / "server.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-
-def stop_server(server):
-    os.killpg(server.pid, signal.SIGTERM)  # its own session: the server and the workers it started
-    server.wait(30)
-
-
-def test_a_server_that_comes_up_late_gets_everything_once(run_dir):
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
+def test_a_server_that_comes_up_late_gets_everything_once(run_dir, make_server):
+    server = make_server(run_dir.parent)
+    uri = server.uri
     tracked = Tracker.start(run_dir, uri, "hiertune", "s1")
     write_search(tracked)
     (run_dir / "space.yaml").write_text("a: 1\n")
@@ -313,24 +275,29 @@ def test_a_server_that_comes_up_late_gets_everything_once(run_dir):
         time.sleep(0.1)
     assert tracked.status().error == f"{uri} can't be reached"
     assert tracked.status().delivered == 0
-    server = start_server(run_dir, port)
+    server.start()
     try:
         assert tracked.close(120) == Delivery(delivery(run_dir).total, delivery(run_dir).total)
         check_search(uri)
         client, parent, _ = runs_of(uri)
         assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["space.yaml"]
     finally:
-        stop_server(server)
+        server.kill()
     assert total_rows(f"sqlite:///{run_dir.parent}/mlflow.db") == ALL_ROWS
 
 
-def test_sync_gives_up_in_time_and_says_why(run_dir):
-    uri = f"http://me:secret@127.0.0.1:{free_port()}"
+def test_sync_gives_up_in_time_and_says_why_and_no_password_is_kept(run_dir, make_server, monkeypatch):
+    uri = make_server(run_dir).uri.replace("//", "//me:secret@")
+    shown = uri.replace("secret", "***")
     tracked = Tracker.start(run_dir, uri, "hiertune", "s1")
     tracked.log(None, 1, {"a": 1.0})
     tracked.close(0)
-    started = time.monotonic()
-    left = sync(run_dir, timeout=1.0)
-    assert left == Delivery(0, 1, f"{uri.replace('secret', '***')} can't be reached")
-    assert time.monotonic() - started < 60
-    assert "secret" not in (run_dir / STATE).read_text()
+    with pytest.raises(InputError, match="lacks its password") as refused:
+        sync(run_dir, patience=1.0)
+    assert "secret" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    left = sync(run_dir, patience=1.0)
+    assert (left.delivered, left.total, left.error) == (0, 1, f"{shown} can't be reached")
+    assert abs(left.since - time.time()) < 120
+    for file in run_dir.iterdir():
+        assert "secret" not in file.read_text(), file.name

@@ -1,6 +1,7 @@
 """The spool and its two ends' bookkeeping, without a delivery process."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ class Process:
     def __init__(self):
         self.code = None
         self.killed = False
+        self.stdin = io.BytesIO()
 
     def poll(self):
         return self.code
@@ -42,6 +44,7 @@ class Process:
 @pytest.fixture
 def processes(monkeypatch):
     launched = []
+    monkeypatch.setattr(tracker, "STARTUP", 0.0)
     monkeypatch.setattr(tracker, "launch_delivery", lambda *_: launched.append(Process()) or launched[-1])
     return launched
 
@@ -166,9 +169,11 @@ def test_a_full_disk_is_told_and_does_not_stop_training(tmp_path, started, monke
 def test_close_waits_no_longer_than_it_may(tmp_path, processes):
     tracked = Tracker.start(tmp_path, **PLACE)
     tracked.log(0, 1, {"a": 1.0})
-    assert tracked.close(0.01) == Delivery(0, 1)
+    gone = Delivery(0, 1, "no answer from http://host in time")
+    assert tracked.close(0.01) == gone
     assert processes[0].killed
-    assert tracked.close(0.01) == Delivery(0, 1)
+    assert processes[0].stdin.closed, "how delivery hears of it"
+    assert tracked.close(0.01) == gone
     assert [record["op"] for record in lines(tmp_path)] == ["open", "log", "close"]
 
 
@@ -196,22 +201,21 @@ def test_close_gives_a_dead_delivery_one_more_try(tmp_path, processes):
 
 
 def test_state_survives_and_a_torn_one_is_as_none(tmp_path):
-    state = State("place", 120, 17, 2, "refused", {"": "a", "0": "b"})
+    state = State("hash", "http://host", 120, 17, 2, "answers 500", 99.5, {"": "a", "0": "b"})
     state.save(tmp_path)
     assert State.load(tmp_path) == state
-    assert state.progress(20) == Delivery(15, 20, "refused")
+    assert state.progress(20) == Delivery(15, 20, "answers 500", 99.5)
     whole = (tmp_path / STATE).read_text()
     for torn in (whole[:40], "", "[]", '{"unknown": 1}', "null"):
         (tmp_path / STATE).write_text(torn)
         assert State.load(tmp_path) == State()
 
 
-def test_lines_are_read_whole_however_they_fall(tmp_path, monkeypatch):
-    monkeypatch.setattr("hiertune.tracking.spool.READ_BYTES", 10)
+def test_lines_are_read_whole_however_they_fall(tmp_path):
     written = [b"x" * size + b"\n" for size in (3, 30, 0, 9, 10, 11)]
     (tmp_path / "spool").write_bytes(b"".join(written) + b"torn")
     offset, read = 0, []
-    while data := read_lines(tmp_path / "spool", offset):
+    while data := read_lines(tmp_path / "spool", offset, 10):
         assert data.endswith(b"\n")
         read += data.splitlines(keepends=True)
         offset += len(data)

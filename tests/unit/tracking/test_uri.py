@@ -81,7 +81,12 @@ def test_a_file_of_another_kind_is_not_written_over(tmp_path):
 
 def test_passwords_are_not_shown():
     assert display_uri("https://me:s3cret@host:1/x") == "https://me:***@host:1/x"
+    assert display_uri("https://me:a@b:c@host:1/x") == "https://me:***@host:1/x"
     assert display_uri("https://host/x") == "https://host/x"
+    assert (
+        display_uri("postgresql://me@host/db?password=s3cret&a=b")
+        == "postgresql://me@host/db?password=***&a=b"
+    )
     assert "s3cret" not in ui_command("postgresql://me:s3cret@host/db")
 
 
