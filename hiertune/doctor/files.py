@@ -68,7 +68,7 @@ def check_leftovers(case: Case) -> Iterator[Finding]:
     """Of earlier searches: what was not delivered, what was broken off, locks, unfinished files."""
     if not case.runs.is_dir():
         return
-    found = []
+    found: list[Finding] = []
     for folder in sorted(case.runs.iterdir()):
         if folder.is_dir() and not folder.is_symlink() and _is_search(folder):
             found += _leftovers(RunFolder(folder))

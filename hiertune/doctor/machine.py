@@ -28,7 +28,7 @@ GROUP_BYTES = 2 * GIB
 
 
 def check_python(case: Case) -> Iterator[Finding]:
-    wanted = importlib.metadata.metadata("hiertune")["Requires-Python"]
+    wanted = str(importlib.metadata.metadata("hiertune")["Requires-Python"])
     found = platform.python_version()
     if found in SpecifierSet(wanted):
         yield ok("python", f"{found} ({wanted} is tested)")
@@ -52,8 +52,9 @@ def check_packages(case: Case) -> Iterator[Finding]:
         yield ok("packages", f"all in {ranges}")
         return
     tested = [Requirement(line.partition("#")[0]) for line in _lines(pins)]
-    here = [need for need in tested if _version(need.name) and (not need.marker or need.marker.evaluate())]
-    other = [need.name for need in here if _version(need.name) not in need.specifier]
+    meant = [need for need in tested if not need.marker or need.marker.evaluate()]
+    here = [(need, found) for need in meant if (found := _version(need.name)) is not None]
+    other = [need.name for need, found in here if not need.specifier.contains(found, prereleases=True)]
     shown = (
         f", {len(other)} differ: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}" if other else ""
     )

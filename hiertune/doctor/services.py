@@ -215,12 +215,14 @@ def _database(check: str, uri: str) -> Finding:
     try:
         url = sqlalchemy.make_url(uri)
         options = {"connect_timeout": round(SERVER_SECONDS)} if url.get_backend_name() == "postgresql" else {}
-        if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        lite = url.get_backend_name() == "sqlite"
+        if lite and url.database and not Path(url.database).exists():
             # connecting would make the file
             return ok(check, f"{shown}, made when it is first used")
         engine = sqlalchemy.create_engine(url, connect_args=options, poolclass=sqlalchemy.pool.NullPool)
         with engine.connect() as connection:
-            connection.execute(sqlalchemy.text("select 1"))
+            # "select 1" would not make SQLite look at the file
+            connection.execute(sqlalchemy.text("select 1 from sqlite_master" if lite else "select 1"))
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, UnicodeError) as error:
         cause = getattr(error, "orig", None) or error
         said = without_secret(str(cause).strip().splitlines()[0] if str(cause).strip() else str(cause), uri)

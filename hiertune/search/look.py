@@ -15,7 +15,8 @@ from hiertune.search import cluster
 
 _CLOCKS_S = 1.0
 """Difference between the clocks of two nodes that is told."""
-_ANSWER_S = 15.0
+_ANSWER_S = 15
+_MOST = 1000
 
 
 def examine() -> Iterator[Finding]:
@@ -92,18 +93,21 @@ def _left() -> Iterator[Finding]:
     """Placement groups and actors whose job is gone."""
     from ray.util import state
 
-    limits = {"limit": 1000, "timeout": round(_ANSWER_S), "raise_on_missing_output": False}
     why = "they hold CPUs and GPUs that nobody uses"
     try:
-        dead = {job.job_id for job in state.list_jobs(detail=True, **limits) if job.end_time}
+        dead = {
+            job.job_id for job in state.list_jobs(detail=True, limit=_MOST, timeout=_ANSWER_S) if job.end_time
+        }
         groups = [
             group.placement_group_id
-            for group in state.list_placement_groups(detail=True, **limits)
+            for group in state.list_placement_groups(detail=True, limit=_MOST, timeout=_ANSWER_S)
             if group.state in ("CREATED", "PENDING") and group.creator_job_id in dead
         ]
         actors = [
             actor.actor_id
-            for actor in state.list_actors(filters=[("state", "=", "ALIVE")], detail=True, **limits)
+            for actor in state.list_actors(
+                filters=[("state", "=", "ALIVE")], detail=True, limit=_MOST, timeout=_ANSWER_S
+            )
             if actor.job_id in dead
         ]
     except (RayError, OSError, ValueError) as error:

@@ -32,7 +32,7 @@ class LocalTorchConfig(TorchConfig):
 
 
 class _LocalTorchBackend(_TorchBackend):
-    def on_start(self, worker_group, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         port = worker_group.execute_single(0, _host_store, len(worker_group), backend_config.timeout_s)
         worker_group.execute(_point_to_store, port)
         worker_group.execute(_set_torch_distributed_env_vars)
