@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ import ray
 from ray import tune
 from rich.console import Console
 
+from hiertune._summary import read_summary
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
 from hiertune.report import write_report
@@ -110,7 +110,7 @@ def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None
     ended = len(ledger.ended())
     if ended < plan.trials or not plan.folder.summary.exists():
         return None
-    summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
+    summary = read_summary(plan.folder.summary)
     return summary if sum(summary["trials"].values()) == ended else None
 
 

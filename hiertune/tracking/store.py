@@ -117,6 +117,10 @@ class Store:
         """A file that can't be stored must not hold up what comes after it."""
         run_id = self._run(trial, record["t"])
         path = self._run_dir / record["path"]
+        if not _is_within(self._run_dir, path):
+            # a spool that somebody sent could name any file of the user's, and an address to send it to
+            self._refuse(1, f"{path} is not, or leads out of, the run folder")
+            return
         try:
             self._try(1, self._client.log_artifact, run_id, str(path), record["artifact_path"])
         except (MlflowException, *Unreachable):
@@ -177,3 +181,9 @@ def explain(error: BaseException, uri: str) -> str:
             return f"{display_uri(uri)} can't be reached"
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).replace(uri, display_uri(uri)).split())[:300]
+
+
+def _is_within(folder: Path, path: Path) -> bool:
+    """Whether a file, and all files of a folder, lie in `folder`, links followed."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return all(file.resolve().is_relative_to(folder.resolve()) for file in files)
