@@ -77,18 +77,36 @@ class _Summary(TypedDict):
     tracking: NotRequired[_Tracking]
 
 
-_ADAPTER = TypeAdapter(_Summary)
+class _Measured(TypedDict):
+    metrics: Metrics
+
+
+class _HasWinner(TypedDict):
+    winner: _Measured
+
+
+_WHOLE: TypeAdapter[Any] = TypeAdapter(_Summary)
+_WINNER: TypeAdapter[Any] = TypeAdapter(_HasWinner)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary as it was written. InputError for a file that is damaged, or no summary."""
+    return _read(path, _WHOLE)
+
+
+def read_winner_metrics(path: Path) -> dict[str, float]:
+    """The metrics of the winner alone, whatever else is in the file. InputError as `read_summary`."""
+    return _read(path, _WINNER)["winner"]["metrics"]
+
+
+def _read(path: Path, adapter: TypeAdapter[Any]) -> dict[str, Any]:
     allowed = "the summary of a finished search"
     try:
         summary = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"can't be read: {error}", file=path, allowed=allowed) from error
     try:
-        _ADAPTER.validate_python(summary, strict=True)
+        adapter.validate_python(summary, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part)[:100] for part in first["loc"])

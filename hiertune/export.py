@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from hiertune._files import replace_file
-from hiertune._summary import read_summary
+from hiertune._summary import read_winner_metrics
 from hiertune._text import check_storable
 from hiertune.config import DataConfig, HeadConfig, KmerConfig, TrialConfig
 from hiertune.decoding import AS_TRAINED, Decoder, DecodingRule
@@ -117,10 +117,10 @@ def export_winner(run_dir: str | Path, out: str | Path) -> Path:
         )
     load_model(run_dir / "model")
     file = run_dir / "summary.json"
-    summary = read_summary(file) if file.is_file() else None
+    metrics = read_winner_metrics(file) if file.is_file() else None
     shutil.copytree(run_dir / "model", out)
-    if summary is not None:
-        _describe(out, _read_description(out) | {"metrics": summary["winner"]["metrics"]})
+    if metrics is not None:
+        _describe(out, _read_description(out) | {"metrics": metrics})
     return out
 
 
@@ -406,7 +406,7 @@ def predict_file(
     blocks = _blocks(Path(source), predictor, broken)
     with _output(out) as file:
         first = list(islice(blocks, 1))  # a file that can't be read is told before anything is printed
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(_Lines(file))
         levels = predictor.taxonomy.levels
         writer.writerow(
             ["id", *(text for level in levels for text in (level, f"{level}_probability")), "path"]
@@ -419,6 +419,16 @@ def predict_file(
                 cells = [cell for level, p in pairs for cell in (level, f"{p:.6f}")]
                 writer.writerow([name, *cells, ";".join(part or "" for part in path)])
     return broken or []
+
+
+class _Lines:
+    """Rows of csv's own ending, which makes it quote names that hold either half of it, on lines of ours."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row.removesuffix("\r\n") + "\n")
 
 
 def _predict_block(
@@ -526,6 +536,8 @@ def _npy_blocks(source: Path) -> Iterator[Block]:
         array = np.load(source, mmap_mode="r", allow_pickle=False)
     except _NPY_DAMAGE as error:
         raise InputError(f"can't be read: {error}", file=source, allowed="an array of numbers") from error
+    if not isinstance(array, np.ndarray):  # a .npz under another name
+        raise InputError("holds several arrays", file=source, allowed="an array of numbers")
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise InputError(f"holds {array.dtype} {array.shape}", file=source, allowed="an array of numbers")
     for first in range(0, len(array), _BLOCK_ROWS):
@@ -538,8 +550,11 @@ def _csv_blocks(source: Path) -> Iterator[Block]:
         with source.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
             header = next(reader, [])
+            if not header:
+                raise InputError("has no header", file=source, allowed="a CSV file with a header")
             ids = header.index("id") if "id" in header else None
             first = 0
+            yield [], _numbers(source, [], len(header), ids, 0)  # its width is judged without a row, too
             while lines := list(islice(reader, _BLOCK_ROWS)):
                 numbers = _numbers(source, lines, len(header), ids, first)
                 numbered = [str(row) for row in range(first, first + len(lines))]

@@ -126,7 +126,7 @@ def _text(path: Path) -> str:
 # -------------------------------------------------------------------------------- memory, disk
 
 
-def check_shared_memory(case: Case, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
+def check_shared_memory(case: Case, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:  # nosec B108 - looked at, not written
     if not folder.is_dir():
         if sys.platform == "linux":
             yield _little_shared_memory(f"{folder} is missing")

@@ -192,6 +192,18 @@ def _read_curves(path: Path, metric: str) -> pd.DataFrame:
     return curves.drop_duplicates(["trial", "epoch"], keep="last").sort_values(["trial", "epoch"])
 
 
+_DAMAGE = (  # the last is what Optuna's journal raises for an operation that it doesn't know
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    AssertionError,
+)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """What a damaged file makes its reader raise, as an InputError that names it."""
@@ -199,7 +211,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except _DAMAGE as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(f"can't be read: {text}", file=path) from error
 

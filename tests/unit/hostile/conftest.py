@@ -167,13 +167,18 @@ def folder(tmp_path, good, monkeypatch):
     return work
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
+def _contents(folder: Path) -> dict[str, bytes | None]:
     """Every file under `folder`; what may be read of it."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         found[name] = path.read_bytes() if path.is_file() and not path.is_symlink() else None
     return found
+
+
+@pytest.fixture(scope="session")
+def contents():
+    return _contents
 
 
 @pytest.fixture
@@ -195,7 +200,7 @@ def refused(run, folder):
     """`refused(argv, names)`: exit code 2, one error with `names` in it, and the folder as it was."""
 
     def check(argv, names):
-        before = contents(folder)
+        before = _contents(folder)
         code, out, err = run(argv)
         assert code == 2, (code, out, err)
         assert err.startswith("error: "), err
@@ -203,7 +208,7 @@ def refused(run, folder):
         assert str(names) in err, err
         assert len(err) < 4000
         assert not any(ord(letter) < 32 and letter != "\n" for letter in err), repr(err)
-        assert contents(folder) == before
+        assert _contents(folder) == before
         return err
 
     return check
