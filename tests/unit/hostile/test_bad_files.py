@@ -82,7 +82,13 @@ TAKEN = [
 CASES = [(name, damage) for name in TAKEN for damage in DAMAGE if (name, damage) not in HARMLESS]
 
 
-@pytest.mark.parametrize(("name", "damage"), CASES)
+FAST = ("empty", "random bytes", "cut in half")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [pytest.param(*case, marks=() if case[1] in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_a_file_that_is_damaged_as_a_whole(folder, refused, commands, name, damage):
     path = folder / name
     path.write_bytes(DAMAGE[damage](path.read_bytes()))

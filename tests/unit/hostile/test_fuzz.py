@@ -108,7 +108,7 @@ def test_hdf5_files(folder, good, commands, name):
     codes, lost = [], 0
     while any(damaged.iterdir()):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             printed, failed = done.stdout + done.stderr, done.returncode
         except subprocess.TimeoutExpired as error:
             printed, failed = (error.stdout or b"").decode(), -1
