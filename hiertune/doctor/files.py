@@ -33,6 +33,7 @@ _NETWORK = (
 """File systems on which HDF5's locks fail or hang now and then."""
 _MOST_NAMED = 5
 _STALE_LOCK_S = 120.0
+_STOP_REQUEST = "stop-request"  # of `hiertune stop`
 
 
 def check_runs(case: Case) -> Iterator[Finding]:
@@ -110,9 +111,11 @@ def _leftovers(run: RunFolder) -> Iterator[Finding]:
             yield warning(
                 "leftovers", f"{name}: {lock.name} is {age / 60:.0f} minutes old", why, f"rm {lock}"
             )
-    if (run.root / "stop").exists() and not alive:
+    if (run.root / _STOP_REQUEST).exists() and not alive:
         why = "the search would end again as soon as it is resumed"
-        yield warning("leftovers", f"{name}: a request to stop was not taken", why, f"rm {run.root / 'stop'}")
+        yield warning(
+            "leftovers", f"{name}: a request to stop was not taken", why, f"rm {run.root / _STOP_REQUEST}"
+        )
 
 
 def _runs_now(folder: Path) -> bool:

@@ -475,7 +475,7 @@ def test_leftovers(tmp_path):
     lock = dead / "ledger.log.lock"
     lock.write_text("")
     os.utime(lock, (0, 0))
-    (dead / "stop").write_text("")
+    (dead / "stop-request").write_text("")
     torn = leave(runs, "torn", summary__json=b"{}")
     (torn / SPOOL).write_bytes(b'{"op":"open","n":x}\n')
     found = said()
