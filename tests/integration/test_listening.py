@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SPACE = """name: quiet
 data: {{path: {data}}}
 model: {{backbone: {{kind: mlp, hidden: [8]}}}}
-optimizer: {{lr: {{loguniform: [1.0e-4, 1.0e-2]}}}}
+optimizer: {{kind: adamw, lr: {{loguniform: [1.0e-4, 1.0e-2]}}}}
 train: {{epochs: 25, batch_size: 8}}
 search: {{trials: 2, workers_per_trial: 2, scheduler: {{kind: none}}, refit: false, controls: false}}
 """
