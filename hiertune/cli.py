@@ -1,7 +1,7 @@
 """The command line. Commands only read their options and call; what takes time to import comes late.
 
-Exit codes: 0 done, 1 the search failed, 2 bad input and nothing started, 130 interrupted, 143 ended by
-SIGTERM.
+Exit codes: 0 done, 1 the search failed or the doctor found a problem, 2 bad input and nothing started,
+130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -258,6 +258,27 @@ def _show_delivery(console: Console, run: Path, delivery: Delivery) -> None:
     if delivery.error:
         since = "" if delivery.since is None else f" (since {datetime.fromtimestamp(delivery.since):%F %T})"
         console.print(f"[yellow]{escape(visible(delivery.error))}[/]{since}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    space: Annotated[Path | None, typer.Argument(help="A space file, to check all that it needs.")] = None,
+    runs: Runs = Path("runs"),
+    start_ray: Annotated[bool, typer.Option("--start-ray", help="Really start Ray on this machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check what usually breaks, and say what to do about it."""
+    from hiertune import doctor
+
+    console = Console()
+    with console.status("looking"):
+        found = doctor.diagnose(space, runs, start_ray=start_ray)
+    if as_json:
+        print(doctor.as_json(found))
+    else:
+        doctor.print_findings(console, found)
+    if any(finding.status == "problem" for finding in found):
+        sys.exit(1)
 
 
 @data_app.callback()

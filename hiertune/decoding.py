@@ -223,9 +223,22 @@ class ValidationLogits:
         except (OSError, KeyError, safetensors.SafetensorError) as error:
             raise InputError(f"can't be read as validation logits: {error}", file=path) from error
         shapes = [tuple(logits.shape) for logits in base.values()]
-        if shapes != [(len(found.labels), size) for size in taxonomy.num_classes]:
+        sizes = taxonomy.num_classes
+        if shapes != [(len(found.labels), size) for size in sizes] or not found._fits(sizes):
             raise InputError("holds validation logits of another taxonomy", file=path)
         return found
+
+    def _fits(self, sizes: Sequence[int]) -> bool:
+        """Whether types, shapes and labels are those of levels of so many classes."""
+        labels = self.labels
+        typed = all(logits.dtype == torch.float32 for logits in self.base.values())
+        seen = all(
+            each.dtype == torch.bool and each.shape == (size,)
+            for each, size in zip(self.seen, sizes, strict=True)
+        )
+        if not typed or not seen or labels.dtype != torch.int64 or labels.shape[1:] != (len(sizes),):
+            return False
+        return bool(((labels >= -1) & (labels < torch.tensor(sizes))).all())
 
 
 MOST_BYTES = 256 * 2**20

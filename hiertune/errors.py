@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,6 +40,19 @@ class InputError(ValueError):
         parts = [part for part in (where, self.key) if part]
         text = ": ".join([*parts, self.problem])
         return f"{text}\n  allowed: {self.allowed}" if self.allowed else text
+
+
+@contextmanager
+def about(file: str | Path) -> Iterator[None]:
+    """What is raised within, and names no file, is said of `file`."""
+    try:
+        yield
+    except InputError as error:
+        if error.file is not None:
+            raise
+        raise InputError(
+            error.problem, file=file, line=error.line, key=error.key, allowed=error.allowed
+        ) from None
 
 
 def _rebuild(problem, file, line, key, allowed) -> InputError:

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from hiertune._files import replace_file
+from hiertune._summary import read_winner_metrics
 from hiertune._text import check_storable
 from hiertune.config import DataConfig, HeadConfig, KmerConfig, TrialConfig
 from hiertune.decoding import AS_TRAINED, Decoder, DecodingRule
@@ -84,7 +87,7 @@ def save_model(
         },
         "taxonomy": taxonomy.to_dict(),
     }
-    _replace(folder / WEIGHTS, weights)
+    replace_file(folder / WEIGHTS, weights)
     _describe(folder, description)
     return folder
 
@@ -113,12 +116,11 @@ def export_winner(run_dir: str | Path, out: str | Path) -> Path:
             "has no winner's model (yet)", file=run_dir, allowed="the folder of a finished search"
         )
     load_model(run_dir / "model")
+    file = run_dir / "summary.json"
+    metrics = read_winner_metrics(file) if file.is_file() else None
     shutil.copytree(run_dir / "model", out)
-    summary = run_dir / "summary.json"
-    if summary.is_file():
-        description = _read_description(out)
-        description["metrics"] = json.loads(summary.read_text("utf-8"))["winner"]["metrics"]
-        _describe(out, description)
+    if metrics is not None:
+        _describe(out, _read_description(out) | {"metrics": metrics})
     return out
 
 
@@ -129,15 +131,8 @@ def save_decoding(folder: str | Path, rule: DecodingRule) -> None:
 
 
 def _describe(folder: Path, description: Mapping[str, Any]) -> None:
-    _replace(folder / README, _readme(description).encode())
-    _replace(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Readers find the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    replace_file(folder / README, _readme(description).encode())
+    replace_file(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False).encode())
 
 
 def _readme(description: Mapping[str, Any]) -> str:
@@ -325,7 +320,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
     folder = Path(folder)
     description = _read_description(folder)
     weights = _read(folder / WEIGHTS)
-    if hashlib.sha256(weights).hexdigest() != description["weights_sha256"]:
+    if hashlib.sha256(weights).hexdigest() != description.get("weights_sha256"):
         raise InputError("is damaged, or of another model", file=folder / WEIGHTS)
     try:
         config = TrialConfig.model_validate_json(json.dumps(description["config"]))
@@ -411,7 +406,7 @@ def predict_file(
     blocks = _blocks(Path(source), predictor, broken)
     with _output(out) as file:
         first = list(islice(blocks, 1))  # a file that can't be read is told before anything is printed
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(_Lines(file))
         levels = predictor.taxonomy.levels
         writer.writerow(
             ["id", *(text for level in levels for text in (level, f"{level}_probability")), "path"]
@@ -424,6 +419,16 @@ def predict_file(
                 cells = [cell for level, p in pairs for cell in (level, f"{p:.6f}")]
                 writer.writerow([name, *cells, ";".join(part or "" for part in path)])
     return broken or []
+
+
+class _Lines:
+    """Rows of csv's own ending, which makes it quote names that hold either half of it, on lines of ours."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row.removesuffix("\r\n") + "\n")
 
 
 def _predict_block(
@@ -511,11 +516,28 @@ def _fasta_blocks(source: Path, kmer: KmerConfig) -> Iterator[Block]:
         yield [record.id for record in block], features
 
 
+# numpy parses a header as a Python literal: damage shows as whatever the parser raises
+_NPY_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+
+
 def _npy_blocks(source: Path) -> Iterator[Block]:
     try:
         array = np.load(source, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except _NPY_DAMAGE as error:
         raise InputError(f"can't be read: {error}", file=source, allowed="an array of numbers") from error
+    if not isinstance(array, np.ndarray):  # a .npz under another name
+        raise InputError("holds several arrays", file=source, allowed="an array of numbers")
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise InputError(f"holds {array.dtype} {array.shape}", file=source, allowed="an array of numbers")
     for first in range(0, len(array), _BLOCK_ROWS):
@@ -528,8 +550,11 @@ def _csv_blocks(source: Path) -> Iterator[Block]:
         with source.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
             header = next(reader, [])
+            if not header:
+                raise InputError("has no header", file=source, allowed="a CSV file with a header")
             ids = header.index("id") if "id" in header else None
             first = 0
+            yield [], _numbers(source, [], len(header), ids, 0)  # its width is judged without a row, too
             while lines := list(islice(reader, _BLOCK_ROWS)):
                 numbers = _numbers(source, lines, len(header), ids, first)
                 numbered = [str(row) for row in range(first, first + len(lines))]

@@ -58,6 +58,8 @@ def decode_winner(
     if len(shown) < len(ranked):
         console.print(f"{len(shown)} of {len(ranked)} rules; --all shows every one", highlight=False)
     if save:
+        if not run.model.resolve().is_relative_to(run.root.resolve()):
+            raise InputError("is a link to another place: nothing is written there", file=run.model)
         save_decoding(run.model, best.rule)
         text = f"{run.model} now names so: {best.rule}"
         console.print(escape(visible(text)), highlight=False, soft_wrap=True)

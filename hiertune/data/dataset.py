@@ -285,7 +285,11 @@ def open_dataset(
     path = resolve_path(config, base_dir)
     contents = read_contents(path)
     lazy = Hdf5Inputs(path, contents)
-    small = num_bytes(lazy) < available_memory() / 4
+    free = available_memory()
+    if row_bytes(lazy) > free:
+        problem = f"one row takes {row_bytes(lazy) / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+        raise InputError(problem, file=path, key="inputs", allowed="rows that fit into memory")
+    small = num_bytes(lazy) < free / 4
     inputs: Inputs = lazy
     if config.in_memory == "always" or (config.in_memory == "auto" and small):
         inputs = lazy.read_all()

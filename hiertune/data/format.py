@@ -253,7 +253,10 @@ def _check_finite(path: Path, block: np.ndarray, first_row: int) -> None:
 def damage_as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        # h5py has an exception of each kind for one and the same damage
         allowed = "a complete file: copy or import it again"
         raise InputError("is a truncated or damaged HDF5 file", file=path, allowed=allowed) from error
 
@@ -273,11 +276,21 @@ def _check_format(file: h5py.File, path: Path) -> None:
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     found = file.get(name)
-    if not isinstance(found, h5py.Dataset):
+    if isinstance(found, h5py.Dataset):
+        require_own(file, found, name, path)
+    else:
         raise InputError(
             "this dataset is missing", file=path, key=name, allowed="inputs, labels, ids, split, taxonomy/"
         )
     return found
+
+
+def require_own(file: h5py.File, dataset: h5py.Dataset, name: str, path: Path) -> None:
+    """InputError for a dataset whose values lie in other files, whatever those may be: behind an external
+    link, in a virtual dataset, or in raw files. Who gets a file reads that file, and no other of theirs."""
+    if dataset.file.filename != file.filename or dataset.is_virtual or dataset.external:
+        allowed = "a file that holds its values: `h5repack` or an import makes one"
+        raise InputError("its values lie in another file", file=path, key=name, allowed=allowed)
 
 
 def _read_strings(file: h5py.File, name: str, path: Path) -> np.ndarray:

@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 import plotly.offline
 
+from hiertune._files import replace_file
 from hiertune.report import figures
 from hiertune.report.read import PARAM, Search, read_search
 
@@ -39,9 +40,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     search = read_search(run_dir)
     path = run_dir / "report.html"
-    temporary = run_dir / ".report.html.new"
-    temporary.write_text(_render(search), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, _render(search).encode())
     return path
 
 

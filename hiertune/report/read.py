@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from hiertune._summary import read_summary
 from hiertune.errors import InputError
 
 PARAM = "param/"
@@ -78,11 +79,16 @@ def read_search(run_dir: Path) -> Search:
     """Raises InputError if `run_dir` is no search's folder, or a file in it is damaged."""
     if not (run_dir / "ledger.log").exists() and not (run_dir / "trials.csv").exists():
         raise InputError("is not the folder of a search", file=run_dir, allowed="runs/NAME")
-    study = _read_ledger(run_dir / "ledger.log")
-    trials = _read_trials(run_dir / "trials.csv")
-    if study is not None and len(study.get_trials(deepcopy=False)) > len(trials):
-        trials = _trials_of(study)  # the table is written when a search ends
-    summary = _read_summary(run_dir / "summary.json")
+    with _reading(run_dir / "ledger.log"):
+        study = _read_ledger(run_dir / "ledger.log")
+    with _reading(run_dir / "trials.csv"):
+        trials = _read_trials(run_dir / "trials.csv")
+    with _reading(run_dir / "ledger.log"):
+        if study is not None and len(study.get_trials(deepcopy=False)) > len(trials):
+            trials = _trials_of(study)  # the table is written when a search ends
+        importance = {} if study is None else _importance(study)
+    summary_file = run_dir / "summary.json"
+    summary = read_summary(summary_file) if summary_file.exists() else None
     if summary is not None and sum(summary["trials"].values()) != len(trials):
         summary = None  # of an earlier end of a search that goes on
     if summary is not None:
@@ -90,16 +96,20 @@ def read_search(run_dir: Path) -> Search:
     else:
         minimised = study is not None and study.direction == optuna.study.StudyDirection.MINIMIZE
         metric, mode = _objective_metric(trials), "min" if minimised else "max"
+    with _reading(run_dir / "curves.csv"):
+        curves = _read_curves(run_dir / "curves.csv", metric)
     space = run_dir / "space.yaml"
+    with _reading(space):
+        text = _without_passwords(space.read_text("utf-8")) if space.exists() else ""
     return Search(
         name=run_dir.resolve().name,
         metric=metric,
         mode=mode,
         trials=trials,
-        curves=_read_curves(run_dir / "curves.csv", metric),
-        importance={} if study is None else _importance(study),
+        curves=curves,
+        importance=importance,
         summary=summary,
-        space=_without_passwords(space.read_text("utf-8")) if space.exists() else "",
+        space=text,
     )
 
 
@@ -182,13 +192,28 @@ def _read_curves(path: Path, metric: str) -> pd.DataFrame:
     return curves.drop_duplicates(["trial", "epoch"], keep="last").sort_values(["trial", "epoch"])
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+_DAMAGE = (  # the last is what Optuna's journal raises for an operation that it doesn't know
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    AssertionError,
+)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a damaged file makes its reader raise, as an InputError that names it."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"can't be read: {error}", file=path) from error
+        yield
+    except InputError:
+        raise
+    except _DAMAGE as error:
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"can't be read: {text}", file=path) from error
 
 
 def _importance(study: optuna.Study) -> dict[str, float]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import secrets
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+
+logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Only handles and epoch results travel through Ray; each worker reads the data from its file."""
@@ -53,12 +61,68 @@ def _connect() -> None:
     # Workers import the hiertune that runs here, installed or not.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    ray.init(
-        object_store_memory=_OBJECT_STORE_BYTES,
-        dashboard_host="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-        **quiet,
-    )
+    interfaces = {name: os.environ.get(name, value) for name, value in _LOOPBACK_ONLY.items()}
+    with _on_loopback():
+        protect_token()
+        ray.init(
+            object_store_memory=_OBJECT_STORE_BYTES,
+            dashboard_host="127.0.0.1",
+            runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
+            **quiet,
+        )
+
+
+_NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch between "may have other nodes" and "is this machine alone", which is what it says on Linux
+too: off, every server of Ray (GCS, raylet, dashboard, agents, workers, metrics) listens on loopback alone.
+`ray.init(_node_ip_address="127.0.0.1")` does not: Ray replaces that address by the machine's."""
+
+_LOOPBACK_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""Workers of one machine talk on loopback, whatever the host's name resolves to."""
+
+
+def is_local() -> bool:
+    """Whether Ray is, or would be, started here for this machine alone."""
+    return "RAY_ADDRESS" not in os.environ and os.environ.get(_NO_CLUSTER, "0") in ("0", "false")
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts in here is for this machine alone, unless the user has set the switch."""
+    if _NO_CLUSTER in os.environ:
+        yield
+        return
+    enabled = ray_constants.ENABLE_RAY_CLUSTER  # read from the environment when Ray is imported: too early
+    os.environ[_NO_CLUSTER] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        del os.environ[_NO_CLUSTER]
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+def protect_token() -> None:
+    """See to it that a Ray started here asks for a token, and that only this user can read it.
+
+    Ray asks for one unless RAY_AUTH_MODE says otherwise, and makes one in ~/.ray/auth_token where there is
+    none, but readable for everybody. A token that the user keeps elsewhere (RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH) is left alone.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+        path.chmod(0o600)
+    except OSError as error:  # somebody else's, or a home that can't be written: Ray says what it needs
+        logger.warning("the permissions of Ray's token %s can't be tightened: %s", path, error)
 
 
 def node_resources() -> list[dict[str, float]]:

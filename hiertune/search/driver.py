@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import time
@@ -19,6 +18,7 @@ from ray import tune
 from rich.console import Console
 from rich.markup import escape
 
+from hiertune._summary import read_summary
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
 from hiertune.errors import InputError
@@ -138,7 +138,7 @@ def _finished_summary(plan: SearchPlan, ledger: Ledger, budget: Budget) -> dict[
     """The summary on disk, if it is of all the trials that are wanted: then there is nothing to do."""
     if _has_trials_left(ledger, budget) or not plan.folder.summary.exists():
         return None
-    summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
+    summary = read_summary(plan.folder.summary)
     return summary if summary["trials"] == count_states(ledger.records()) else None
 
 

@@ -17,6 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
+from hiertune.search.cluster import is_local
+from hiertune.search.meeting import LocalTorchConfig
 from hiertune.search.messages import Event, Failed, Finished, Job, Reported, WorkerSetup
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,9 @@ class WorkerPool:
         return TorchTrainer(
             _work,
             train_loop_config={"setup": WorkerSetup(group, self.broker)},
-            torch_config=TorchConfig(backend="nccl" if self._shape.gpus_per_worker else "gloo"),
+            torch_config=(LocalTorchConfig if is_local() else TorchConfig)(
+                backend="nccl" if self._shape.gpus_per_worker else "gloo"
+            ),
             scaling_config=ScalingConfig(
                 num_workers=self._shape.workers,
                 use_gpu=self._shape.gpus_per_worker > 0,

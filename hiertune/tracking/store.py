@@ -129,6 +129,10 @@ class Store:
         """A file that can't be stored must not hold up what comes after it."""
         run_id = self._run(trial, record["t"])
         path = self._run_dir / record["path"]
+        if not _is_within(self._run_dir, path):
+            # a spool that somebody sent could name any file of the user's, and an address to send it to
+            self._refuse(1, f"{path} is not, or leads out of, the run folder")
+            return
         try:
             self._try(1, self._client.log_artifact, run_id, str(path), record["artifact_path"])
         except (MlflowException, requests.RequestException, *Unreachable) as error:
@@ -259,3 +263,9 @@ def _answer(status: int) -> str:
         )
     known = status in {each.value for each in HTTPStatus}
     return f"answers {status} {HTTPStatus(status).phrase}" if known else f"answers {status}"
+
+
+def _is_within(folder: Path, path: Path) -> bool:
+    """Whether a file, and all files of a folder, lie in `folder`, links followed."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return all(file.resolve().is_relative_to(folder.resolve()) for file in files)

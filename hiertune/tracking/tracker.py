@@ -168,7 +168,8 @@ class Tracker:
             self.trial_ended(record.number, record.state, record.reason)
 
     def artifact(self, trial: int | None, path: str | Path, artifact_path: str | None = None) -> None:
-        """A file, or a folder with all that is in it. It is read at delivery: leave it where it is."""
+        """A file of the run folder, or a folder in it with all that is in it. It is read at delivery: leave
+        it where it is. What lies elsewhere is refused there."""
         path = Path(path).resolve()
         if path.is_relative_to(self._run_dir):  # so that the folder may be moved before `sync`
             path = path.relative_to(self._run_dir)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hiertune.errors import InputError
 
 _MAGIC = b"hiertune-checkpoint-1\n"
 _DIGEST_BYTES = 4
@@ -47,8 +50,26 @@ def read_checkpoint(path: Path) -> bytes | None:
 
 
 def decode_checkpoint(payload: bytes) -> dict[str, Any]:
-    """The saved state on the CPU. Loads tensors and plain values only: a checkpoint cannot run code."""
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    """The saved state on the CPU. Loads tensors and plain values only: a checkpoint cannot run code.
+
+    InputError for what `save_checkpoint` can't have written; its checksum was right, so somebody else did.
+    """
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        OSError,
+    ) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the checkpoint can't be read: {first}", allowed="one of this training") from error
+    if not isinstance(state, dict):
+        raise InputError("the checkpoint holds no state of a training", allowed="one of this training")
+    return state
 
 
 def remove_checkpoint(path: Path) -> None:

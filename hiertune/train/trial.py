@@ -332,8 +332,11 @@ class Trial:
         payload = self.workers.from_first(read_checkpoint(path) if self.workers.first else None, self.device)
         if payload is None:
             return
-        state = decode_checkpoint(payload)
-        if state["trial"] != self._identity:
+        try:
+            state = decode_checkpoint(payload)
+        except InputError as error:
+            raise InputError(error.problem, file=path, allowed=error.allowed) from error
+        if state.get("trial") != self._identity:
             raise InputError(
                 "this checkpoint is of another config, data set or choice of splits",
                 file=path,

@@ -15,7 +15,7 @@ from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.ranks import clean_rank
 from hiertune.data.importers.text import open_text
 from hiertune.data.kmers import kmer_config, kmer_features
-from hiertune.errors import InputError
+from hiertune.errors import InputError, about
 from hiertune.taxonomy import Taxonomy
 
 
@@ -107,7 +107,8 @@ def import_fasta(
             raise InputError(problem, file=path, line=record.line, allowed="ids that are all different")
         lines[record.id] = record.line
         lineages.append(_lineage(path, record, len(levels), separator, unknown))
-    taxonomy = Taxonomy.from_lineages(lineages, levels)
+    with about(path):
+        taxonomy = Taxonomy.from_lineages(lineages, levels)
     labels = taxonomy.encode(lineages)
     kept = known_rows(labels, console or quiet())
     records = [records[row] for row in kept]

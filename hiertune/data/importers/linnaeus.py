@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 from rich.console import Console
 
-from hiertune.data.format import damage_as_input_error, open_hdf5
+from hiertune.data.format import damage_as_input_error, open_hdf5, require_own
 from hiertune.data.importers.notes import known_rows, quiet, tell
 from hiertune.data.importers.pixels import (
     ImageOptions,
@@ -142,6 +142,7 @@ def _identifiers(file: h5py.File, path: Path) -> list[str]:
         raise InputError(
             "this dataset is missing or of another kind", file=path, key="img_identifiers", allowed=allowed
         )
+    require_own(file, dataset, "img_identifiers", path)
     values = dataset[...]
     texts = []
     for row, value in enumerate(values):
@@ -189,6 +190,7 @@ def _taxon_ids(file: h5py.File, name: str, rows: int, path: Path) -> np.ndarray:
             f"{dataset.dtype} of shape {dataset.shape}" if isinstance(dataset, h5py.Dataset) else "a group"
         )
         raise InputError(f"is {found}", file=path, key=name, allowed=f"integers [{rows}]")
+    require_own(file, dataset, name, path)
     values = dataset[...].astype(np.int64)
     if (values < 0).any():
         row = int(np.argmax(values < 0))
@@ -337,6 +339,7 @@ def _hdf5_rows(
         found = f"{images.dtype} of shape {images.shape}" if isinstance(images, h5py.Dataset) else "missing"
         allowed = "uint8 [images, height, width, 3], none zero"
         raise InputError(f"is {found}", file=path, key="images", allowed=allowed)
+    require_own(file, images, "images", path)
     if "img_identifiers" in file:
         own = _identifiers(file, path)
         if len(own) != len(images):

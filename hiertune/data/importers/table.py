@@ -19,7 +19,7 @@ from hiertune.data.importers.notes import known_rows, quiet
 from hiertune.data.importers.ranks import clean_rank
 from hiertune.data.importers.text import open_text
 from hiertune.data.splits import SPLITS
-from hiertune.errors import InputError
+from hiertune.errors import InputError, about
 from hiertune.taxonomy import Taxonomy
 
 
@@ -51,7 +51,8 @@ def import_table(
     lineages = list(
         zip(*([clean_rank(x, unknown) for x in table.texts(name)] for name in labels), strict=True)
     )
-    taxonomy = Taxonomy.from_lineages(lineages, labels)
+    with about(path):
+        taxonomy = Taxonomy.from_lineages(lineages, labels)
     ids = _table_ids(table, id_column)
     split = None if split_column is None else _table_split(table, split_column)
     encoded = taxonomy.encode(lineages)
@@ -65,6 +66,10 @@ def import_table(
         None if split is None else split[kept],
         overwrite=overwrite,
     )
+
+
+# pandas' and pyarrow's own are ValueErrors; the others are what wrong metadata make of their readers
+_DAMAGE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Table:
                 texts = str if text_columns is None else dict.fromkeys(text_columns, str)
                 # text stays as it is: "NA" is for `clean_rank` to judge, and no number either
                 frame = pd.read_csv(path, sep=separator, dtype=texts, keep_default_na=False, low_memory=False)
-        except (OSError, EOFError, zlib.error, ValueError) as error:  # pandas' and pyarrow's are ValueErrors
+        except _DAMAGE as error:
             problem = " ".join(str(error).split())
             raise InputError(f"cannot be read as a table: {problem}", file=path) from error
         if text_columns is None:
@@ -104,7 +109,8 @@ class Table:
                     *columns[:10],
                     *["..."][: len(columns) - 10],
                 ]
-                raise InputError(f"has no column {name!r}", file=self.path, allowed=", ".join(near))
+                shown = [column if len(column) <= 60 else f"{column[:57]}..." for column in near]
+                raise InputError(f"has no column {name!r}", file=self.path, allowed=", ".join(shown))
 
     def texts(self, name: str) -> list[str]:
         return self.frame[name].astype("string").fillna("").tolist()

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import os
-import pickle
 
 import pytest
 import torch
 
+from hiertune.errors import InputError
 from hiertune.train import checkpoint as module
 from hiertune.train.checkpoint import (
     CheckpointClock,
@@ -93,7 +93,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     save_checkpoint(tmp_path / "evil", {"state": Evil()})
     payload = read_checkpoint(tmp_path / "evil")
     assert payload is not None
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(InputError):
         decode_checkpoint(payload)
 
 
