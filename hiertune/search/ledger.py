@@ -3,108 +3,205 @@
 Tune's snapshot and MLflow can lag behind or disagree after a crash; they are rebuilt from this.
 A trial is RUNNING from the moment it is asked until it is told. What a crash leaves RUNNING is
 taken up again under its own number when the search resumes.
+
+The sampler works on a copy in memory (`Ledger.study`), the storage gets what lasts: a trial whole as it
+begins, each epoch's objective, its end. So a trial costs a few writes however many parameters it has,
+and none is ever recorded with half of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib.metadata
+import logging
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hiertune.errors import InputError
+from hiertune.record import (
+    END,
+    OUTSIDE,
+    SEARCH,
+    STATES,
+    EndState,
+    Identity,
+    Mode,
+    Place,
+    State,
+    TrialRecord,
+    newest_study,
+    open_storage,
+    record_of,
+    searches_in,
+)
 
-Mode = Literal["max", "min"]
-EndState = Literal["completed", "pruned", "failed"]
-State = EndState | Literal["running"]
+__all__ = ["EndState", "Ledger", "LedgerLost", "Mode", "State", "TrialRecord"]
 
-_STATES: dict[State, TrialState] = {
-    "completed": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-    "running": TrialState.RUNNING,
-}
+logger = logging.getLogger(__name__)
+
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-_NAMES = {state: name for name, state in _STATES.items()}
+_PAUSES_S = (0.5, 1, 2, 4, 8, 16, 30)
+"""How long a write waits between its tries while the database is away: a minute in all."""
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial, as the ledger has it."""
-
-    number: int
-    state: State
-    params: dict[str, Any]
-    value: float | None
-    """The objective at the last epoch; None for failed trials."""
-    reason: str | None = None
-    epochs: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def rank(self, mode: Mode) -> tuple[float, int]:
-        """Sorts completed trials from the best on; of equals the earliest comes first."""
-        assert self.value is not None
-        return (-self.value if mode == "max" else self.value), self.number
+class LedgerLost(RuntimeError):
+    """The ledger can't be written to: the database is gone, the disk is full, another process took over."""
 
 
 class Ledger:
-    """The trials of one search, in an Optuna journal file."""
+    """The trials of one search. One process writes; see `hiertune.search.session`."""
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
-        self._interrupted = [
-            frozen for frozen in study.get_trials(deepcopy=False) if frozen.state == TrialState.RUNNING
-        ]
+    def __init__(self, place: Place, storage: BaseStorage, identity: Identity, study_id: int) -> None:
+        self.place = place
+        self.storage = storage
+        self._use(identity, study_id)
 
     @classmethod
-    def open(cls, path: Path, name: str, mode: Mode, *, resume: bool) -> Ledger:
-        """Create the journal at `path`, or with `resume` open it.
+    def open(
+        cls,
+        place: Place | Path,
+        name: str,
+        mode: Mode,
+        *,
+        resume: bool,
+        metric: str = "",
+        fingerprint: str = "",
+        space: str = "",
+    ) -> Ledger:
+        """Begin a ledger at `place` (a path is a journal file), or with `resume` open it.
 
-        Raises InputError where a journal to resume is missing or holds another objective's mode.
+        Whoever calls holds the search's lock. `metric`, `fingerprint` (of the data) and `space` (the file's
+        text, without passwords) are recorded as the search begins.
+
+        Raises InputError where there is nothing to resume, where it is damaged or out of reach, or where
+        what is asked can't be compared with what is there: another objective, other data.
         """
-        if resume and not path.exists():
-            raise InputError("there is no search to resume here", file=path)
-        direction = _DIRECTIONS[mode]
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction=direction, load_if_exists=resume
+        if isinstance(place, Path):
+            place = Place(place)
+        if resume and place.url is None and not place.journal.exists():
+            raise InputError("there is no search to resume here", file=place.journal)
+        storage = open_storage(place, writable=True)
+        wanted = Identity(
+            name, uuid.uuid4().hex[:8], mode, 1, metric, space, fingerprint, importlib.metadata.version("hiertune")
         )
-        if study.direction != direction:
-            raise InputError(
-                f"the search was begun with mode {'max' if mode == 'min' else 'min'}",
-                file=path,
-                key="search.objective.mode",
-            )
-        return cls(study)
+        found = newest_study(place, storage)
+        if found is None:
+            if resume and place.url is not None:
+                raise InputError(f"{place} holds no search of this folder", file=place.pointer)
+            return cls(place, storage, wanted, _begin_study(place, storage, wanted))
+        if not resume:
+            raise InputError("holds a search already", file=place.journal, allowed="`--resume`, or another name")
+        identity = _identity_of(found, wanted)
+        _check_same(place, identity, wanted)
+        if SEARCH not in found.user_attrs:
+            storage.set_study_user_attr(found._study_id, SEARCH, identity.to_attr())
+        return cls(place, storage, identity, found._study_id)
+
+    def _use(self, identity: Identity, study_id: int) -> None:
+        """Read the study, and copy it into memory."""
+        self.identity = identity
+        self.study_id = study_id
+        trials = self.storage.get_all_trials(study_id, deepcopy=False)
+        self._ids = [trial._trial_id for trial in trials]
+        self._system_attrs = dict(self.storage.get_study_system_attrs(study_id))
+        self._ended: dict[int, TrialRecord] = {}
+        self._memory = _Memory()
+        directions = [_DIRECTIONS[identity.mode]]
+        memory_id = self._memory.create_new_study(directions, identity.study_name)
+        for key, value in self._system_attrs.items():
+            self._memory.set_study_system_attr(memory_id, key, value)
+        for frozen in trials:
+            self._memory.create_new_trial(memory_id, frozen)
+            self._remember(record_of(frozen))
+        # As long as nobody sets another one: Optuna would make a TPE sampler of its own.
+        sampler = optuna.samplers.RandomSampler()
+        self.study = optuna.load_study(study_name=identity.study_name, storage=self._memory, sampler=sampler)
+        self._left = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+
+    # ------------------------------------------------------------------------------- one trial
 
     def next_trial(self) -> Trial:
         """The trial to run next: first those that an interruption left behind, then a new one."""
-        if self._interrupted:
-            return Trial(self.study, self._interrupted.pop(0)._trial_id)
+        if self._left:
+            return Trial(self.study, self._memory.id_of(self._left.pop(0)))
         return self.study.ask()
 
     def begin(self, trial: Trial) -> None:
-        """Note when the trial was first started."""
-        if "started" not in trial.user_attrs:
-            trial.set_user_attr("started", time.time())
+        """Record the trial with the parameters that were suggested; of one that goes on, those it lacked."""
+        if trial.number >= len(self._ids):
+            assert trial.number == len(self._ids), "trials begin in the order in which they were asked"
+            self._begin_new(trial)
+            return
+        self._lasting(lambda: self._complete_params(trial))
+
+    def _begin_new(self, trial: Trial) -> None:
+        # The sampler's notes on the study first: a trial that is lost leaves a gap, not a repetition.
+        for key, value in self.study._storage.get_study_system_attrs(self.study._study_id).items():
+            if self._system_attrs.get(key) != value:
+                self._lasting(lambda key=key, value=value: self._set_system_attr(key, value))
+                self._system_attrs[key] = copy.deepcopy(value)
+        trial.set_user_attr("started", time.time())
+        frozen = self._memory.get_trial(trial._trial_id)
+
+        def create() -> int:
+            # A try that failed may have been recorded all the same.
+            known = self.storage.get_all_trials(self.study_id, deepcopy=False) if tries else ()
+            tries.append(1)
+            if len(known) > trial.number:
+                return known[trial.number]._trial_id
+            return self.storage.create_new_trial(self.study_id, frozen)
+
+        tries: list[int] = []
+        self._ids.append(self._lasting(create))
+
+    def _set_system_attr(self, key: str, value: Any) -> None:
+        self.storage.set_study_system_attr(self.study_id, key, value)
+
+    def _complete_params(self, trial: Trial) -> None:
+        recorded = self.storage.get_trial(self._ids[trial.number])
+        frozen = self._memory.get_trial(trial._trial_id)
+        for name, distribution in frozen.distributions.items():
+            if name not in recorded.distributions:
+                value = distribution.to_internal_repr(frozen.params[name])
+                self.storage.set_trial_param(recorded._trial_id, name, value, distribution)
+
+    def has(self, trial: Trial, epoch: int) -> bool:
+        """Whether an epoch of the trial is recorded."""
+        return epoch in self._memory.get_trial(trial._trial_id).intermediate_values
 
     def report(self, trial: Trial, epoch: int, value: float) -> bool:
-        """An epoch's objective. False for an epoch that was reported before: it is not reported again."""
-        if epoch in trial.storage.get_trial(trial._trial_id).intermediate_values:
+        """Record an epoch's objective. False for an epoch that is recorded: it is not recorded again."""
+        if self.has(trial, epoch):
             return False
-        trial.report(value, epoch)
+        at = self._recorded(trial)
+        self._lasting(lambda: self.storage.set_trial_intermediate_value(at, epoch, value))
+        self._memory.set_trial_intermediate_value(trial._trial_id, epoch, value)
         return True
 
-    def tell(
+    def note(self, trial: Trial, incidents: Iterable[Mapping[str, Any]]) -> None:
+        """Record what the trial survived; what is recorded already is not doubled."""
+        known = list(trial.user_attrs.get("incidents", ()))
+        new = [dict(incident) for incident in incidents if dict(incident) not in known]
+        if new:
+            self._set_attr(trial, "incidents", known + new)
+
+    def pause(self, trial: Trial, seconds: float) -> None:
+        """Record how long the trial took in this session: it goes on in another."""
+        self._set_attr(trial, "seconds", round(_spent(trial) + seconds, 3))
+
+    def ending(
         self,
         trial: Trial,
         state: EndState,
@@ -114,43 +211,244 @@ class Ledger:
         seconds: float = 0.0,
         metrics: Mapping[str, float] | None = None,
         reason: str | None = None,
+        fault: str | None = None,
     ) -> TrialRecord:
-        """Write how the trial ended. The state comes last: without it the trial is still running."""
-        for key, attr in {
-            "epochs": epochs,
-            "seconds": round(seconds, 3),
-            "metrics": dict(metrics or {}),
-            "reason": reason,
-        }.items():
-            trial.set_user_attr(key, attr)
-        # A pruned trial's value is the last one it reported; Optuna takes it from there.
-        frozen = self.study.tell(trial, value if state == "completed" else None, state=_STATES[state])
-        return _record(frozen)
+        """How the trial ended, without recording it. An objective that is no number is a failure.
+
+        Args:
+            seconds: in this session; those of earlier ones are added.
+        """
+        if state == "completed" and (value is None or not math.isfinite(value)):
+            state, fault = "failed", fault or "diverged"
+            reason = reason or f"the objective is {value}"
+        steps = self._memory.get_trial(trial._trial_id).intermediate_values
+        return TrialRecord(
+            number=trial.number,
+            state=state,
+            params=dict(trial.params),
+            value=value if state == "completed" else steps[max(steps)] if steps else None,
+            reason=reason,
+            epochs=epochs,
+            seconds=round(_spent(trial) + seconds, 3),
+            metrics=dict(metrics or {}),
+            fault=fault,
+            incidents=tuple(trial.user_attrs.get("incidents", ())),
+        )
+
+    def tell(self, trial: Trial, end: TrialRecord | EndState, **how: Any) -> TrialRecord:
+        """Record how the trial ended: what `ending` made, or its arguments.
+
+        The state comes last: without it the trial is still running.
+        """
+        record = end if isinstance(end, TrialRecord) else self.ending(trial, end, **how)
+        assert record.state in STATES
+        state = STATES[record.state]
+        values = [record.value] if state == TrialState.COMPLETE else None
+        if state == TrialState.PRUNED and record.value is not None and not math.isnan(record.value):
+            values = [record.value]  # as Optuna's own `tell`: the last one that it reported
+        at = self._recorded(trial)
+        keys = ("epochs", "seconds", "metrics", "reason", "fault")
+        end_attr = {key: getattr(record, key) for key in keys}
+        self._set_attr(trial, END, end_attr)
+
+        def finish() -> None:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self.storage.set_trial_state_values(at, state, values)
+
+        self._lasting(finish)
+        self.study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
+        self._remember(record)
+        return record
+
+    def _recorded(self, trial: Trial) -> int:
+        """The storage's id of the trial, which begins if it has not."""
+        if trial.number >= len(self._ids):
+            self.begin(trial)
+        return self._ids[trial.number]
+
+    def _set_attr(self, trial: Trial, key: str, value: Any) -> None:
+        at = self._recorded(trial)
+        self._lasting(lambda: self.storage.set_trial_user_attr(at, key, value))
+        trial.set_user_attr(key, value)
+
+    # ------------------------------------------------------------------------------- all trials
 
     def records(self) -> list[TrialRecord]:
-        return [_record(frozen) for frozen in self.study.get_trials(deepcopy=False)]
+        """Every trial that is recorded, by number."""
+        return [self._ended.get(number) or record_of(self._frozen(number)) for number in range(len(self._ids))]
 
     def ended(self) -> list[TrialRecord]:
-        return [record for record in self.records() if record.state != "running"]
+        """Trials that count: neither those that run nor those outside the space."""
+        return [record for _, record in sorted(self._ended.items()) if record.state != "outside"]
 
     def best(self) -> TrialRecord | None:
         """The completed trial with the best objective; the earliest of equals."""
-        completed = [record for record in self.records() if record.state == "completed"]
-        mode: Mode = "max" if self.study.direction == StudyDirection.MAXIMIZE else "min"
-        return min(completed, key=lambda record: record.rank(mode), default=None)
+        completed = [record for record in self._ended.values() if record.state == "completed"]
+        return min(completed, key=lambda record: record.rank(self.identity.mode), default=None)
+
+    def epochs(self) -> dict[int, dict[int, float]]:
+        """The objective by epoch of every trial inside the space, by number."""
+        numbers = [n for n in range(len(self._ids)) if n not in self._ended or self._ended[n].state != "outside"]
+        return {number: dict(sorted(self._frozen(number).intermediate_values.items())) for number in numbers}
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._memory.get_trial(self._memory.id_of(number))
+
+    def _remember(self, record: TrialRecord) -> None:
+        if record.state != "running":
+            self._ended[record.number] = record
+
+    # ------------------------------------------------------------------------------- revisions
+
+    def revise(self, space: str, carry: Callable[[FrozenTrial, TrialRecord], FrozenTrial]) -> None:
+        """Begin a new revision for another space: a study with all trials, under their numbers.
+
+        `carry` gives each trial as it is to be there (`carried_over`, `put_outside`). Killed on the way,
+        the old revision still holds, and the copy is made anew.
+        """
+        identity = replace(
+            self.identity,
+            revision=self.identity.revision + 1,
+            space=space,
+            version=importlib.metadata.version("hiertune"),
+        )
+        for study in self.storage.get_all_studies():
+            if study.study_name == identity.study_name:
+                assert SEARCH not in study.user_attrs
+                self.storage.delete_study(study._study_id)
+        study_id = self.storage.create_new_study([_DIRECTIONS[identity.mode]], identity.study_name)
+        for number, record in enumerate(self.records()):
+            self.storage.create_new_trial(study_id, carry(self._frozen(number), record))
+        for key, value in self.storage.get_study_user_attrs(self.study_id).items():
+            if key != SEARCH:
+                self.storage.set_study_user_attr(study_id, key, value)
+        self.storage.set_study_user_attr(study_id, SEARCH, identity.to_attr())
+        self._use(identity, study_id)
+
+    def space_of(self, revision: int) -> str:
+        """The text of an earlier revision's space; empty if it is not known."""
+        texts = {
+            identity.revision: identity.space
+            for identity, _ in searches_in(self.storage)
+            if identity.uid == self.identity.uid
+        }
+        return texts.get(revision, "")
+
+    # ------------------------------------------------------------------------------- writing
+
+    def _lasting(self, write: Callable[[], Any]) -> Any:
+        """Do a write that may be repeated, again and again while the database is away."""
+        pauses: Iterator[float] = iter(_PAUSES_S if self.place.url is not None else ())
+        while True:
+            try:
+                return write()
+            except (optuna.exceptions.StorageInternalError, *_database_errors(self.place), OSError) as error:
+                pause = next(pauses, None)
+                words = str(error.__cause__ or error).splitlines()[0]
+                if pause is None:
+                    raise LedgerLost(f"the ledger {self.place} can't be written to: {words}") from error
+                logger.warning("the ledger %s can't be written to, trying again: %s", self.place, words)
+                time.sleep(pause)
 
 
-def _record(frozen: FrozenTrial) -> TrialRecord:
-    attrs = frozen.user_attrs
-    steps = frozen.intermediate_values
-    last = steps[max(steps)] if steps else None
-    return TrialRecord(
-        number=frozen.number,
-        state=_NAMES.get(frozen.state, "running"),
-        params=dict(frozen.params),
-        value=frozen.value if frozen.state == TrialState.COMPLETE else last,
-        reason=attrs.get("reason"),
-        epochs=attrs.get("epochs", max(steps, default=0)),
-        seconds=attrs.get("seconds", 0.0),
-        metrics=attrs.get("metrics", {}),
-    )
+class _Memory(InMemoryStorage):
+    """Trials in memory, as samplers see them: those outside the space keep their number and are not seen."""
+
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        trials = super().get_all_trials(study_id, deepcopy, states)
+        return [trial for trial in trials if OUTSIDE not in trial.user_attrs]
+
+    def id_of(self, number: int) -> int:
+        return number  # one study, begun empty: ids count as numbers do
+
+
+def _spent(trial: Trial) -> float:
+    return trial.user_attrs.get("seconds", 0.0)
+
+
+def carried_over(
+    frozen: FrozenTrial, params: Mapping[str, Any], distributions: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> FrozenTrial:
+    """A trial of an earlier revision with the parameters that give its config in the present space."""
+    attrs = {key: value for key, value in frozen.user_attrs.items() if key != OUTSIDE}
+    if provenance:
+        attrs["carried"] = dict(provenance)
+    copied = copy.copy(frozen)
+    copied.user_attrs = attrs
+    copied.params, copied.distributions = dict(params), dict(distributions)
+    outside = frozen.user_attrs.get(OUTSIDE)
+    if outside:
+        copied.state = TrialState[outside["state"]]
+        copied.values = outside["values"]
+    copied.system_attrs = {}  # the sampler's notes are on the old space
+    return copied
+
+
+def put_outside(frozen: FrozenTrial, reason: str, revision: int) -> FrozenTrial:
+    """A trial whose config the present space does not hold: on record, but no longer part of the search."""
+    if OUTSIDE in frozen.user_attrs:
+        return frozen
+    # FAIL, as samplers and dashboards then leave it alone; its own state and values are in the attribute.
+    outside = {
+        "state": frozen.state.name,
+        "values": frozen.values,
+        "params": dict(frozen.params),
+        "reason": reason,
+        "revision": revision,
+    }
+    return create_copy(frozen, state=TrialState.FAIL, user_attrs=frozen.user_attrs | {OUTSIDE: outside})
+
+
+def create_copy(frozen: FrozenTrial, state: TrialState, user_attrs: dict[str, Any]) -> FrozenTrial:
+    made = create_trial(state=state, user_attrs=user_attrs, intermediate_values=frozen.intermediate_values)
+    made.datetime_start = frozen.datetime_start
+    made.datetime_complete = frozen.datetime_complete or made.datetime_complete
+    return made
+
+
+def _begin_study(place: Place, storage: BaseStorage, identity: Identity) -> int:
+    study_id = storage.create_new_study([_DIRECTIONS[identity.mode]], identity.study_name)
+    storage.set_study_user_attr(study_id, SEARCH, identity.to_attr())
+    if place.url is not None:
+        place.point(identity.uid)
+    return study_id
+
+
+def _identity_of(study: FrozenStudy, wanted: Identity) -> Identity:
+    if SEARCH in study.user_attrs:
+        return Identity(**study.user_attrs[SEARCH])
+    mode: Mode = "max" if study.direction == StudyDirection.MAXIMIZE else "min"
+    return replace(wanted, mode=mode)
+
+
+def _check_same(place: Place, begun: Identity, wanted: Identity) -> None:
+    if begun.mode != wanted.mode:
+        raise InputError(
+            f"the search was begun with mode {begun.mode}",
+            file=str(place),
+            key="search.objective.mode",
+            allowed=f"{begun.mode}, or another name for another search",
+        )
+    if begun.metric and wanted.metric and begun.metric != wanted.metric:
+        raise InputError(
+            f"the search was begun with the objective {begun.metric}, and this is {wanted.metric}",
+            file=str(place),
+            key="search.objective.metric",
+            allowed=f"{begun.metric}, or another name for another search",
+        )
+    if begun.fingerprint and wanted.fingerprint and begun.fingerprint != wanted.fingerprint:
+        raise InputError(
+            f"the data is not what the search was begun with (fingerprint {wanted.fingerprint[:16]}, "
+            f"then {begun.fingerprint[:16]}): results could not be compared",
+            file=str(place),
+            key="data",
+            allowed="the same data, or another name for another search",
+        )
+
+
+def _database_errors(place: Place) -> tuple[type[Exception], ...]:
+    if place.url is None:
+        return ()
+    from sqlalchemy.exc import DBAPIError
+
+    return (DBAPIError,)
