@@ -1,8 +1,11 @@
-"""The database of a ledger: its address, without a password in the space file, and whether it answers."""
+"""Where a ledger is: a journal in the run folder, or a database, whose password no file may hold."""
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiertune.errors import InputError
@@ -122,3 +125,70 @@ def _driver_hint(url: URL) -> str:
     if url.get_backend_name() == "postgresql":
         return "postgresql+psycopg://..., after `pip install 'hiertune[postgresql]'`"
     return "an address whose driver is installed"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ledger of a run folder is: its journal, or a database."""
+
+    journal: Path
+    """The file, if it is no database."""
+    url: str | None = field(default=None, repr=False)
+    """Of a database; may hold a password."""
+
+    @property
+    def pointer(self) -> Path:
+        """File that says which search of a database is this folder's."""
+        return self.journal.with_suffix(".json")
+
+    def __str__(self) -> str:
+        return str(self.journal) if self.url is None else display_ledger(self.url)
+
+    @property
+    def uid(self) -> str | None:
+        """Of the search that the pointer names."""
+        return None if (pointer := _read_pointer(self.pointer)) is None else pointer["uid"]
+
+    def point(self, uid: str) -> None:
+        """Write the pointer, once the search is in the database."""
+        assert self.url is not None
+        text = json.dumps({"ledger": display_ledger(self.url), "uid": uid}, indent=2)
+        temporary = self.pointer.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.pointer)
+
+
+def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
+    """The ledger of a run folder that is there. `url` is the database that is set, if any.
+
+    A folder with a journal keeps to it; one that was begun on a database needs its address.
+
+    Args:
+        given: `url` stands in the space file, not in the environment: then it must not differ.
+    """
+    place = Place(journal, url)
+    if journal.exists():
+        if url is not None and given:
+            raise InputError(
+                f"{display_ledger(url)!r} is not the ledger of this search: that is {place.journal}",
+                key="ledger",
+                allowed="the setting that it was begun with, or another name",
+            )
+        return Place(journal)
+    if url is None and (pointer := _read_pointer(place.pointer)) is not None:
+        raise InputError(
+            f"the ledger of this search is the database {pointer['ledger']}",
+            file=place.pointer,
+            allowed="its address as `ledger:` in the space file, or in HIERTUNE_LEDGER",
+        )
+    return place
+
+
+def _read_pointer(path: Path) -> dict[str, str] | None:
+    try:
+        pointer = json.loads(path.read_text("utf-8"))
+        return {key: str(pointer[key]) for key in ("ledger", "uid")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is damaged ({type(error).__name__})", file=path) from None

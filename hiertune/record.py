@@ -7,9 +7,8 @@ copied. The newest that was copied whole counts.
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -17,7 +16,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from hiertune._database import connect_arguments, display_ledger, unreachable
+from hiertune._database import Place, connect_arguments, unreachable
 from hiertune._journal import open_journal
 from hiertune.errors import InputError
 
@@ -31,7 +30,7 @@ SEARCH = "search"
 END = "end"
 """Trial attribute: how it ended, all but the state."""
 OUTSIDE = "outside"
-"""Trial attribute of those outside: `state` and `params` before, `reason`, `revision`."""
+"""Trial attribute of those outside: their own state, values, params and config, the reason, the revision."""
 
 STATES: dict[EndState, TrialState] = {
     "completed": TrialState.COMPLETE,
@@ -114,74 +113,22 @@ def record_of(frozen: FrozenTrial) -> TrialRecord:
     )
 
 
-# ------------------------------------------------------------------------------------- where it is
+PARAM = "param/"
+"""Prefix of a parameter's column in trials.csv."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the ledger of a run folder is: its journal, or a database."""
-
-    journal: Path
-    """The file, if it is no database."""
-    url: str | None = field(default=None, repr=False)
-    """Of a database; may hold a password."""
-
-    @property
-    def pointer(self) -> Path:
-        """File that says which search of a database is this folder's."""
-        return self.journal.with_suffix(".json")
-
-    def __str__(self) -> str:
-        return str(self.journal) if self.url is None else display_ledger(self.url)
-
-    @property
-    def uid(self) -> str | None:
-        """Of the search that the pointer names."""
-        return None if (pointer := _read_pointer(self.pointer)) is None else pointer["uid"]
-
-    def point(self, uid: str) -> None:
-        """Write the pointer, once the search is in the database."""
-        assert self.url is not None
-        text = json.dumps({"ledger": display_ledger(self.url), "uid": uid}, indent=2)
-        temporary = self.pointer.with_suffix(".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.pointer)
-
-
-def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
-    """The ledger of a run folder that is there. `url` is the database that is set, if any.
-
-    A folder with a journal keeps to it; one that was begun on a database needs its address.
-
-    Args:
-        given: `url` stands in the space file, not in the environment: then it must not differ.
-    """
-    place = Place(journal, url)
-    if journal.exists():
-        if url is not None and given:
-            raise InputError(
-                f"{display_ledger(url)!r} is not the ledger of this search: that is {place.journal}",
-                key="ledger",
-                allowed="the setting that it was begun with, or another name",
-            )
-        return Place(journal)
-    if url is None and (pointer := _read_pointer(place.pointer)) is not None:
-        raise InputError(
-            f"the ledger of this search is the database {pointer['ledger']}",
-            file=place.pointer,
-            allowed="its address as `ledger:` in the space file, or in HIERTUNE_LEDGER",
-        )
-    return place
-
-
-def _read_pointer(path: Path) -> dict[str, str] | None:
-    try:
-        pointer = json.loads(path.read_text("utf-8"))
-        return {key: str(pointer[key]) for key in ("ledger", "uid")}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is damaged ({type(error).__name__})", file=path) from None
+def row_of(record: TrialRecord) -> dict[str, Any]:
+    """A trial as a row of a table: id, state, every parameter, every final metric, epochs, seconds."""
+    return {
+        "trial": record.number,
+        "state": record.state,
+        "reason": record.reason,
+        "epochs": record.epochs,
+        "seconds": record.seconds,
+        "objective": record.value,
+        **{PARAM + name: value for name, value in record.params.items()},
+        **record.metrics,
+    }
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -223,3 +170,8 @@ def newest_study(place: Place, storage: BaseStorage) -> FrozenStudy | None:
             f"holds {len(studies)} studies", file=place.journal, allowed="the ledger of one search"
         )
     return studies[0] if studies else None
+
+
+def without_passwords(text: str) -> str:
+    """A space file's text as it may be shown: `user:***@host` in every address."""
+    return re.sub(r"(://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)

@@ -31,8 +31,9 @@ from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
 from hiertune.search.results import delivery_line, print_results
+from hiertune.search.resume import open_ledger
 from hiertune.search.searcher import LedgerSearcher
-from hiertune.search.strategies import build_sampler, build_scheduler
+from hiertune.search.strategies import Memory, build_sampler, build_scheduler
 from hiertune.search.summary import summarise
 from hiertune.search.trainable import TrialActor
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
@@ -63,10 +64,9 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
     folder = plan.folder
     if not plan.resume:
         folder.create(plan.space.text)
-    with _logging_to(folder.log):
+    with open_ledger(plan, console) as ledger, _logging_to(folder.log):
         for text in plan.warnings:
             logger.warning("%s", text)
-        ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
         finished = _finished_summary(plan, ledger)
         if finished is not None:
             print_results(console, plan, ledger.records(), finished)
@@ -81,7 +81,8 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
+        known = [record for record in ledger.records() if record.state != "running"]
+        checkpoints = Checkpoints(folder, plan.mode, known)
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         with _tracked(plan, tracker):
             with display, _cluster(display), _pool(plan) as pool:
@@ -107,11 +108,11 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
 
 def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None:
     """The summary on disk, if it is of all the trials that are wanted: then there is nothing to do."""
-    ended = len(ledger.ended())
-    if ended < plan.trials or not plan.folder.summary.exists():
+    if len(ledger.ended()) < plan.trials or not plan.folder.summary.exists():
         return None
     summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
-    return summary if sum(summary["trials"].values()) == ended else None
+    states = Counter(record.state for record in ledger.records())
+    return summary if summary["trials"] == states else None
 
 
 @contextlib.contextmanager
@@ -219,7 +220,7 @@ def _run_trials(
             metric=plan.metric,
             mode=plan.mode,
             search_alg=searcher,
-            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs),
+            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
             num_samples=remaining,
             max_concurrent_trials=pool.size,
             reuse_actors=True,
@@ -229,6 +230,15 @@ def _run_trials(
             name="tune", storage_path=str(plan.folder.ray), stop=interruption, verbose=0
         ),
     ).fit()
+
+
+def _memory(ledger: Ledger) -> Memory:
+    """What the scheduler of a resumed search has to know."""
+    epochs, ended = ledger.epochs(), {record.number for record in ledger.ended()}
+    return Memory(
+        {f"trial-{number}": values for number, values in epochs.items() if number in ended},
+        {f"trial-{number}": values for number, values in epochs.items() if number not in ended},
+    )
 
 
 def _measure_winner(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import logging
 import math
@@ -66,6 +67,13 @@ class Ledger:
     def __init__(self, place: Place, storage: BaseStorage, identity: Identity, study_id: int) -> None:
         self.place = place
         self.storage = storage
+        self._mendable: tuple[type[Exception], ...] = (OSError, optuna.exceptions.StorageInternalError)
+        if place.url is not None:
+            from sqlalchemy.exc import DBAPIError
+
+            self._mendable += (DBAPIError,)
+        self.lost: str | None = None
+        """Why nothing may be written any more."""
         self._use(identity, study_id)
 
     @classmethod
@@ -94,20 +102,42 @@ class Ledger:
             raise InputError("there is no search to resume here", file=place.journal)
         storage = open_storage(place, writable=True)
         wanted = Identity(
-            name, uuid.uuid4().hex[:8], mode, 1, metric, space, fingerprint, importlib.metadata.version("hiertune")
+            name,
+            uuid.uuid4().hex[:8],
+            mode,
+            1,
+            metric,
+            space,
+            fingerprint,
+            importlib.metadata.version("hiertune"),
         )
+        if resume and place.url is not None and place.uid is None:
+            place.point(_only_search(place, storage, name))
         found = newest_study(place, storage)
         if found is None:
             if resume and place.url is not None:
-                raise InputError(f"{place} holds no search of this folder", file=place.pointer)
+                raise InputError(f"the database {place} does not hold this search", file=place.pointer)
             return cls(place, storage, wanted, _begin_study(place, storage, wanted))
         if not resume:
-            raise InputError("holds a search already", file=place.journal, allowed="`--resume`, or another name")
+            raise InputError(
+                "holds a search already", file=place.journal, allowed="`--resume`, or another name"
+            )
         identity = _identity_of(found, wanted)
         _check_same(place, identity, wanted)
         if SEARCH not in found.user_attrs:
             storage.set_study_user_attr(found._study_id, SEARCH, identity.to_attr())
         return cls(place, storage, identity, found._study_id)
+
+    def refresh(self) -> None:
+        """Read it again."""
+        found = newest_study(self.place, self.storage)
+        assert found is not None
+        self._use(_identity_of(found, self.identity), found._study_id)
+
+    @functools.cached_property
+    def first_id(self) -> int:
+        """Of the first revision's study."""
+        return self.storage.get_study_id_from_name(replace(self.identity, revision=1).study_name)
 
     def _use(self, identity: Identity, study_id: int) -> None:
         """Read the study, and copy it into memory."""
@@ -150,7 +180,9 @@ class Ledger:
         # The sampler's notes on the study first: a trial that is lost leaves a gap, not a repetition.
         for key, value in self.study._storage.get_study_system_attrs(self.study._study_id).items():
             if self._system_attrs.get(key) != value:
-                self._lasting(lambda key=key, value=value: self._set_system_attr(key, value))
+                self._lasting(
+                    functools.partial(self.storage.set_study_system_attr, self.study_id, key, value)
+                )
                 self._system_attrs[key] = copy.deepcopy(value)
         trial.set_user_attr("started", time.time())
         frozen = self._memory.get_trial(trial._trial_id)
@@ -165,9 +197,6 @@ class Ledger:
 
         tries: list[int] = []
         self._ids.append(self._lasting(create))
-
-    def _set_system_attr(self, key: str, value: Any) -> None:
-        self.storage.set_study_system_attr(self.study_id, key, value)
 
     def _complete_params(self, trial: Trial) -> None:
         recorded = self.storage.get_trial(self._ids[trial.number])
@@ -243,9 +272,9 @@ class Ledger:
         record = end if isinstance(end, TrialRecord) else self.ending(trial, end, **how)
         assert record.state in STATES
         state = STATES[record.state]
-        values = [record.value] if state == TrialState.COMPLETE else None
-        if state == TrialState.PRUNED and record.value is not None and not math.isnan(record.value):
-            values = [record.value]  # as Optuna's own `tell`: the last one that it reported
+        values = None
+        if record.value is not None and not math.isnan(record.value) and record.state != "failed":
+            values = [record.value]  # of a pruned trial the last one that it reported, as Optuna has it
         at = self._recorded(trial)
         keys = ("epochs", "seconds", "metrics", "reason", "fault")
         end_attr = {key: getattr(record, key) for key in keys}
@@ -275,7 +304,9 @@ class Ledger:
 
     def records(self) -> list[TrialRecord]:
         """Every trial that is recorded, by number."""
-        return [self._ended.get(number) or record_of(self._frozen(number)) for number in range(len(self._ids))]
+        return [
+            self._ended.get(number) or record_of(self._frozen(number)) for number in range(len(self._ids))
+        ]
 
     def ended(self) -> list[TrialRecord]:
         """Trials that count: neither those that run nor those outside the space."""
@@ -288,7 +319,9 @@ class Ledger:
 
     def epochs(self) -> dict[int, dict[int, float]]:
         """The objective by epoch of every trial inside the space, by number."""
-        numbers = [n for n in range(len(self._ids)) if n not in self._ended or self._ended[n].state != "outside"]
+        numbers = [
+            n for n in range(len(self._ids)) if n not in self._ended or self._ended[n].state != "outside"
+        ]
         return {number: dict(sorted(self._frozen(number).intermediate_values.items())) for number in numbers}
 
     def _frozen(self, number: int) -> FrozenTrial:
@@ -320,7 +353,7 @@ class Ledger:
         for number, record in enumerate(self.records()):
             self.storage.create_new_trial(study_id, carry(self._frozen(number), record))
         for key, value in self.storage.get_study_user_attrs(self.study_id).items():
-            if key != SEARCH:
+            if key not in (SEARCH, "session"):  # a session stays with the first revision
                 self.storage.set_study_user_attr(study_id, key, value)
         self.storage.set_study_user_attr(study_id, SEARCH, identity.to_attr())
         self._use(identity, study_id)
@@ -340,9 +373,11 @@ class Ledger:
         """Do a write that may be repeated, again and again while the database is away."""
         pauses: Iterator[float] = iter(_PAUSES_S if self.place.url is not None else ())
         while True:
+            if self.lost is not None:
+                raise LedgerLost(f"the ledger {self.place} can't be written to: {self.lost}")
             try:
                 return write()
-            except (optuna.exceptions.StorageInternalError, *_database_errors(self.place), OSError) as error:
+            except self._mendable as error:
                 pause = next(pauses, None)
                 words = str(error.__cause__ or error).splitlines()[0]
                 if pause is None:
@@ -367,7 +402,10 @@ def _spent(trial: Trial) -> float:
 
 
 def carried_over(
-    frozen: FrozenTrial, params: Mapping[str, Any], distributions: Mapping[str, Any], provenance: Mapping[str, Any]
+    frozen: FrozenTrial,
+    params: Mapping[str, Any],
+    distributions: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> FrozenTrial:
     """A trial of an earlier revision with the parameters that give its config in the present space."""
     attrs = {key: value for key, value in frozen.user_attrs.items() if key != OUTSIDE}
@@ -380,12 +418,14 @@ def carried_over(
     if outside:
         copied.state = TrialState[outside["state"]]
         copied.values = outside["values"]
+        if not copied.state.is_finished():
+            copied.datetime_complete = None
     copied.system_attrs = {}  # the sampler's notes are on the old space
     return copied
 
 
-def put_outside(frozen: FrozenTrial, reason: str, revision: int) -> FrozenTrial:
-    """A trial whose config the present space does not hold: on record, but no longer part of the search."""
+def put_outside(frozen: FrozenTrial, config: Mapping[str, Any], reason: str, revision: int) -> FrozenTrial:
+    """A trial whose `config` the present space does not hold: on record, but no longer part of the search."""
     if OUTSIDE in frozen.user_attrs:
         return frozen
     # FAIL, as samplers and dashboards then leave it alone; its own state and values are in the attribute.
@@ -393,14 +433,15 @@ def put_outside(frozen: FrozenTrial, reason: str, revision: int) -> FrozenTrial:
         "state": frozen.state.name,
         "values": frozen.values,
         "params": dict(frozen.params),
+        "config": dict(config),
         "reason": reason,
         "revision": revision,
     }
-    return create_copy(frozen, state=TrialState.FAIL, user_attrs=frozen.user_attrs | {OUTSIDE: outside})
-
-
-def create_copy(frozen: FrozenTrial, state: TrialState, user_attrs: dict[str, Any]) -> FrozenTrial:
-    made = create_trial(state=state, user_attrs=user_attrs, intermediate_values=frozen.intermediate_values)
+    made = create_trial(
+        state=TrialState.FAIL,
+        user_attrs=frozen.user_attrs | {OUTSIDE: outside},
+        intermediate_values=frozen.intermediate_values,
+    )
     made.datetime_start = frozen.datetime_start
     made.datetime_complete = frozen.datetime_complete or made.datetime_complete
     return made
@@ -412,6 +453,18 @@ def _begin_study(place: Place, storage: BaseStorage, identity: Identity) -> int:
     if place.url is not None:
         place.point(identity.uid)
     return study_id
+
+
+def _only_search(place: Place, storage: BaseStorage, name: str) -> str:
+    """The uid of the search of that name in a database, for a folder that is not there (any more)."""
+    named = [(identity, study) for identity, study in searches_in(storage) if identity.name == name]
+    uids = sorted({found.uid for found, study in named if storage.get_n_trials(study._study_id)})
+    if len(uids) == 1:
+        return uids[0]
+    problem = f"the database {place} holds {len(uids) or 'no'} searches named {name!r}"
+    raise InputError(
+        problem, key="name", allowed=f"its run folder, with {place.pointer.name}" if uids else None
+    )
 
 
 def _identity_of(study: FrozenStudy, wanted: Identity) -> Identity:
@@ -444,11 +497,3 @@ def _check_same(place: Place, begun: Identity, wanted: Identity) -> None:
             key="data",
             allowed="the same data, or another name for another search",
         )
-
-
-def _database_errors(place: Place) -> tuple[type[Exception], ...]:
-    if place.url is None:
-        return ()
-    from sqlalchemy.exc import DBAPIError
-
-    return (DBAPIError,)

@@ -19,6 +19,7 @@ class RunFolder:
         self.root = root
         self.ledger = root / "ledger.log"
         self.space = root / "space.yaml"
+        """The present space; those of earlier revisions are beside it as `space.1.yaml`, ..."""
         self.trials = root / "trials.csv"
         self.curves = root / "curves.csv"
         self.best = root / "best.yaml"
@@ -27,6 +28,9 @@ class RunFolder:
         self.log = root / "search.log"
         self.model = root / "model"
         self.ray = root / ".ray"
+
+    def earlier_space(self, revision: int) -> Path:
+        return self.root / f"space.{revision}.yaml"
 
     def trial(self, number: int) -> Path:
         return self.root / "trials" / f"{number:04d}"
@@ -46,12 +50,22 @@ class RunFolder:
 
     def require_existing(self) -> None:
         """InputError when there is no search of this name to resume."""
-        if not self.ledger.exists():
+        if not self.has_ledger and not self.is_bare:
             raise InputError(
                 f"there is no search to resume in {self.root}",
                 key="name",
                 allowed="the name of a search that was begun, or no `--resume`",
             )
+
+    @property
+    def has_ledger(self) -> bool:
+        """A journal, or the name of the search in a database."""
+        return self.ledger.exists() or self.ledger.with_suffix(".json").exists()
+
+    @property
+    def is_bare(self) -> bool:
+        """A search that was killed before anything was recorded: it can begin again."""
+        return self.root.exists() and not self.has_ledger and not self.curves.exists()
 
     def create(self, space_text: str) -> None:
         self.root.mkdir(parents=True)
@@ -62,27 +76,20 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
     """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
     import pandas as pd
 
-    rows = [
-        {
-            "trial": record.number,
-            "state": "interrupted" if record.state == "running" else record.state,
-            "reason": record.reason,
-            "epochs": record.epochs,
-            "seconds": record.seconds,
-            "objective": record.value,
-            **{f"param/{name}": value for name, value in record.params.items()},
-            **record.metrics,
-        }
-        for record in records
-    ]
-    _replace(path, pd.DataFrame(rows).to_csv(index=False))
+    from hiertune.record import row_of
+
+    rows = [row_of(record) for record in records]
+    for row in rows:
+        if row["state"] == "running":
+            row["state"] = "interrupted"
+    replace_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    _replace(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
