@@ -7,13 +7,15 @@ runs, so this backend needs none; it cuts a torn last line away, and says where 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from hiertune.errors import InputError
@@ -30,6 +32,7 @@ class JournalFile(BaseJournalBackend):
     def __init__(self, path: Path, *, writable: bool) -> None:
         self._path = path
         self._next = (0, 0)  # number and offset of the first line that was not read
+        self._synced = True
         self.line = 0
         """Number of the line that was read last, from 1."""
         if writable:
@@ -61,10 +64,22 @@ class JournalFile(BaseJournalBackend):
             try:
                 file.write(text.encode())
                 file.flush()
-                os.fsync(file.fileno())
+                if self._synced:
+                    os.fsync(file.fileno())
             except OSError:
                 os.truncate(self._path, begun)  # a full disk: half a line must not stay
                 raise
+
+    @contextlib.contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """For many entries that mean nothing before a last one, which comes after: one wait for the disk."""
+        self._synced = False
+        try:
+            yield
+        finally:
+            self._synced = True
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 _ALLOWED = "a journal as Optuna writes it; nothing in it was changed"
@@ -82,6 +97,12 @@ def open_journal(path: Path, *, writable: bool = False) -> JournalStorage:
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         problem = f"is no entry of a journal ({type(error).__name__}: {error})"
         raise InputError(problem, file=path, line=backend.line, allowed=_ALLOWED) from None
+
+
+def unsynced(storage: BaseStorage) -> AbstractContextManager[None]:
+    """`JournalFile.unsynced` of a storage that has a journal; a database commits as it does."""
+    backend = getattr(storage, "_backend", None)
+    return backend.unsynced() if isinstance(backend, JournalFile) else contextlib.nullcontext()
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:

@@ -195,8 +195,10 @@ def written(root: Node) -> dict[str, tuple[str, str]]:
     def visit(node: Node, key: Key, address: Key) -> None:
         value = node.value
         if isinstance(value, dict):
+            branch = bool(address) and isinstance(address[-1], tuple)
             for name, child in value.items():
-                visit(child, (*key, name), (*address, name))
+                if not (branch and name == "kind"):  # the branch's label says it
+                    visit(child, (*key, name), (*address, name))
             return
         if isinstance(value, tuple):
             plain = without_distributions(node)

@@ -59,7 +59,9 @@ class Search:
     @property
     def ranked(self) -> pd.DataFrame:
         """Trials with an objective, best first: completed ones, then those that were stopped early."""
-        known = self.trials[self.trials["objective"].notna() & (self.trials["state"] != "failed")]
+        known = self.trials[
+            self.trials["objective"].notna() & ~self.trials["state"].isin(["failed", "outside"])
+        ]
         order = known.assign(_stopped=known["state"] != "completed", _value=self.sign * known["objective"])
         order = order.sort_values(["_stopped", "_value", "trial"], ascending=[True, False, True])
         return order.drop(columns=["_stopped", "_value"])

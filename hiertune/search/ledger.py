@@ -30,6 +30,7 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from hiertune._journal import unsynced
 from hiertune.errors import InputError
 from hiertune.record import (
     END,
@@ -350,8 +351,10 @@ class Ledger:
                 assert SEARCH not in study.user_attrs
                 self.storage.delete_study(study._study_id)
         study_id = self.storage.create_new_study([_DIRECTIONS[identity.mode]], identity.study_name)
-        for number, record in enumerate(self.records()):
-            self.storage.create_new_trial(study_id, carry(self._frozen(number), record))
+        copies = [carry(self._frozen(number), record) for number, record in enumerate(self.records())]
+        with unsynced(self.storage):
+            for frozen in copies:
+                self.storage.create_new_trial(study_id, frozen)
         for key, value in self.storage.get_study_user_attrs(self.study_id).items():
             if key not in (SEARCH, "session"):  # a session stays with the first revision
                 self.storage.set_study_user_attr(study_id, key, value)

@@ -165,5 +165,6 @@ def _space_of(ledger: Ledger, folder: RunFolder) -> Space:
     try:
         return parse_space(text)
     except InputError as error:
-        problem = f"the space that this search was begun with is not valid any more: {error.problem}"
+        what = ": ".join(part for part in (error.key, error.problem) if part)
+        problem = f"the space that this search was begun with is not valid any more: {what}"
         raise InputError(problem, file=folder.space, allowed="another name for another search") from None
