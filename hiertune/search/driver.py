@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune import TuneError
 from rich.console import Console
 
 from hiertune.config import TrialConfig
@@ -164,7 +165,8 @@ def _find_best(
     try:
         with Interruption() as interruption:
             if remaining > 0:
-                _run_trials(plan, ledger, pool, listeners, interruption, remaining)
+                with _kept(ledger):
+                    _run_trials(plan, ledger, pool, listeners, interruption, remaining)
     finally:
         records = ledger.records()
         write_trials(plan.folder.trials, records)
@@ -177,6 +179,18 @@ def _find_best(
     if best is None:
         raise SearchFailed(_why_nothing_won(records))
     return best
+
+
+@contextlib.contextmanager
+def _kept(ledger: Ledger) -> Iterator[None]:
+    """A ledger that can't be written to ends the search. (Tune passes its exception on as a text, or not.)"""
+    try:
+        yield
+    except TuneError:
+        if ledger.lost is None:
+            raise
+    if ledger.lost is not None:
+        raise SearchFailed(f"{ledger.lost}; what it has is kept, and `--resume` goes on")
 
 
 def _run_trials(

@@ -372,21 +372,29 @@ class Ledger:
 
     # ------------------------------------------------------------------------------- writing
 
+    def set_study_attr(self, key: str, value: Any) -> None:
+        self._lasting(lambda: self.storage.set_study_user_attr(self.study_id, key, value))
+
     def _lasting(self, write: Callable[[], Any]) -> Any:
         """Do a write that may be repeated, again and again while the database is away."""
         pauses: Iterator[float] = iter(_PAUSES_S if self.place.url is not None else ())
         while True:
             if self.lost is not None:
-                raise LedgerLost(f"the ledger {self.place} can't be written to: {self.lost}")
+                raise LedgerLost(self.lost)
             try:
                 return write()
             except self._mendable as error:
                 pause = next(pauses, None)
                 words = str(error.__cause__ or error).splitlines()[0]
                 if pause is None:
-                    raise LedgerLost(f"the ledger {self.place} can't be written to: {words}") from error
+                    self.lose(words)
+                    raise LedgerLost(self.lost) from error
                 logger.warning("the ledger %s can't be written to, trying again: %s", self.place, words)
                 time.sleep(pause)
+
+    def lose(self, why: str) -> None:
+        """Write nothing more."""
+        self.lost = f"the ledger {self.place} can't be written to: {why}"
 
 
 class _Memory(InMemoryStorage):

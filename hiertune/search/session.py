@@ -18,13 +18,12 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 import filelock
 from optuna.storages import RDBStorage
 
 from hiertune.errors import InputError
-from hiertune.search.ledger import Ledger, LedgerLost
+from hiertune.search.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +126,11 @@ class Session:
         self._write_history(None)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
         if self._beating is not None:
             self._beating.join()
-        if not isinstance(error, LedgerLost):
+        if self._ledger.lost is None:
             self._write_history(time.time())
             if self._beating is not None:
                 assert isinstance(self._ledger.storage, RDBStorage)
@@ -144,7 +141,7 @@ class Session:
         known = ledger.storage.get_study_user_attrs(ledger.study_id).get(SESSIONS, [])
         mine = {key: getattr(self._me, key) for key in ("id", "host", "pid", "started")} | {"ended": ended}
         others = [session for session in known if session["id"] != self._me.id]
-        ledger.storage.set_study_user_attr(ledger.study_id, SESSIONS, [*others, mine])
+        ledger.set_study_attr(SESSIONS, [*others, mine])
 
     # ------------------------------------------------------------------------------ in a database
 
@@ -178,7 +175,7 @@ class Session:
                     self._text = text
                 elif (now := self._read(storage)) != self._text:
                     other = _holder(now)
-                    self._ledger.lost = f"another process took it over: {other}"
+                    self._ledger.lose(f"another process took it over: {other}")
                     return
             except SQLAlchemyError as error:  # it may come back, and the next write says if it does not
                 logger.warning("the ledger %s is away: %s", self._ledger.place, str(error).splitlines()[0])

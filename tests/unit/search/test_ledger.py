@@ -668,5 +668,52 @@ def test_a_journal_that_cannot_be_written_is_said_and_stays_whole(journal, monke
         with pytest.raises(LedgerLost, match=r"ledger\.log can't be written to: .*No space left"):
             ledger.report(trial, 1, 0.5)
     assert journal.journal.read_bytes() == whole
-    assert ledger.report(trial, 1, 0.5)
+    with pytest.raises(LedgerLost, match="No space left"):
+        ledger.tell(trial, "failed")  # from then on nothing more is written
+    resumed = open_ledger(journal, resume=True)
+    assert resumed.report(ask(resumed), 1, 0.5)
     assert open_ledger(journal, resume=True).epochs()[2] == {1: 0.5}
+
+
+def test_a_database_that_comes_back_is_written_to_once(postgresql, postgresql_server, tmp_path, monkeypatch):
+    place = Place(tmp_path / "ledger.log", postgresql)
+    ledger = open_ledger(place)
+    trial = ask(ledger)
+    ledger.begin(trial)
+    postgresql_server.stop()
+    waits = []
+
+    def back(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            postgresql_server.start()
+
+    monkeypatch.setattr("hiertune.search.ledger.time.sleep", back)
+    try:
+        assert ledger.report(trial, 1, 0.5)
+        ledger.begin(ask(ledger))
+    finally:
+        if len(waits) < 2:
+            postgresql_server.start()
+    ledger.tell(trial, "completed", value=0.5)
+    assert [record.state for record in open_ledger(place, resume=True).records()] == ["completed", "running"]
+    assert open_ledger(place, resume=True).epochs() == {0: {1: 0.5}, 1: {}}
+
+
+def test_a_database_that_never_comes_back_ends_it(postgresql, postgresql_server, tmp_path, monkeypatch):
+    ledger = open_ledger(Place(tmp_path / "ledger.log", postgresql))
+    trial = ask(ledger)
+    ledger.begin(trial)
+    waits = []
+    monkeypatch.setattr("hiertune.search.ledger.time.sleep", waits.append)
+    postgresql_server.stop()
+    try:
+        with pytest.raises(
+            LedgerLost, match=r"postgresql\+psycopg://hiertune@.* can't be written to: "
+        ) as raised:
+            ledger.report(trial, 1, 0.5)
+    finally:
+        postgresql_server.start()
+    assert "s3cret" not in str(raised.value)
+    assert ledger.lost == str(raised.value)
+    assert 30 < sum(waits) < 120
