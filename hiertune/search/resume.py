@@ -72,7 +72,9 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
             space=without_passwords(plan.space.text),
         )
         with Session(ledger):
-            if resume and (revision := revise(ledger, plan.folder, plan.space)) is not None:
+            if not resume:
+                replace_text(plan.folder.space, plan.space.text)
+            elif (revision := revise(ledger, plan.folder, plan.space)) is not None:
                 print_revision(console, revision)
             keep_spaces(plan.folder, ledger)
             yield ledger

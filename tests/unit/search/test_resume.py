@@ -9,7 +9,7 @@ from hiertune.errors import InputError
 from hiertune.record import newest_study, open_storage
 from hiertune.search.ledger import Ledger
 from hiertune.search.outputs import RunFolder
-from hiertune.search.resume import Change, compare, keep_spaces, print_revision, revise
+from hiertune.search.resume import Change, compare, keep_spaces, open_ledger, print_revision, revise
 from hiertune.search.strategies import build_sampler
 from hiertune.space import parse_space
 
@@ -214,3 +214,71 @@ def test_optuna_reads_what_was_written(folder):
     (study,) = optuna.get_all_study_summaries(storage)
     trials = optuna.load_study(study_name=study.study_name, storage=storage).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 20 + ["RUNNING"] * 2
+
+
+# ---------------------------------------------------------------------- from the command's plan on
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """`planned(text, resume)`: a checked plan, on real data."""
+    from hiertune.search.plan import plan_search
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("HIERTUNE_LEDGER", raising=False)
+    file = tmp_path / "space.yaml"
+
+    def plan(text, resume=False, **options):
+        file.write_text(text.replace("data.h5", "builtin:rrna16s"))
+        return plan_search(file, tmp_path / "runs", resume=resume, **options)
+
+    return plan
+
+
+QUIET = Console(quiet=True)
+
+
+def test_a_search_goes_on_with_what_its_ledger_says(planned):
+    plan = planned(CONTINUOUS)
+    plan.folder.create(plan.space.text)
+    with open_ledger(plan, QUIET) as ledger:
+        assert (ledger.identity.metric, ledger.identity.mode) == (plan.metric, "max")
+        assert ledger.identity.fingerprint == plan.data.fingerprint
+        assert parse_space(ledger.identity.space).tree == plan.space.tree
+        sample(ledger, plan.space, "random", 3)
+        with pytest.raises(InputError, match="this search is being run by process"), open_ledger(plan, QUIET):
+            pass
+
+    plan = planned(CONTINUOUS.replace("epochs: 5", "epochs: {int: [5, 6]}"), resume=True, trials=9)
+    console = Console(record=True, width=120)
+    with open_ledger(plan, console) as ledger:
+        assert ledger.identity.revision == 2
+        assert len(ledger.ended()) == 3
+    assert "3 of 3 trials are carried over" in console.export_text()
+    assert "epochs: 5" in plan.folder.earlier_space(1).read_text()
+    assert "int: [5, 6]" in plan.folder.space.read_text()
+
+    plan = planned(CONTINUOUS + "search: {objective: {metric: val/chain_accuracy}}\n", resume=True)
+    problem = r"begun with the objective val/accuracy/genus, and this is val/chain_accuracy"
+    with pytest.raises(InputError, match=problem), open_ledger(plan, QUIET):
+        pass
+
+
+@pytest.mark.parametrize("files", [(), ("space.yaml",), ("space.yaml", "search.log")])
+def test_a_search_that_was_killed_before_its_ledger_begins_again(planned, files):
+    plan = planned(CONTINUOUS)
+    plan.folder.root.mkdir(parents=True)
+    for name in files:
+        (plan.folder.root / name).write_text("x")
+    plan = planned(CONTINUOUS, resume=True)
+    with open_ledger(plan, QUIET) as ledger:
+        assert ledger.records() == []
+    assert plan.folder.space.read_text() == plan.space.text
+
+
+def test_a_folder_whose_ledger_is_gone_is_refused(planned):
+    plan = planned(CONTINUOUS)
+    plan.folder.root.mkdir(parents=True)
+    plan.folder.curves.write_text("trial,epoch,metric,value\n")
+    with pytest.raises(InputError, match="there is no search to resume"):
+        planned(CONTINUOUS, resume=True)
