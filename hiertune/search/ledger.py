@@ -63,7 +63,7 @@ class LedgerLost(RuntimeError):
 
 
 class Ledger:
-    """The trials of one search. One process writes; see `hiertune.search.session`."""
+    """The trials of one search. One process writes; see `hiertune.search.owner`."""
 
     def __init__(self, place: Place, storage: BaseStorage, identity: Identity, study_id: int) -> None:
         self.place = place

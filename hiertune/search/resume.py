@@ -23,8 +23,8 @@ from hiertune.errors import InputError
 from hiertune.record import OUTSIDE, without_passwords
 from hiertune.search.ledger import Ledger, TrialRecord, carried_over, put_outside
 from hiertune.search.outputs import RunFolder, replace_text
+from hiertune.search.owner import FolderLock, Ownership
 from hiertune.search.plan import SearchPlan
-from hiertune.search.session import FolderLock, Session
 from hiertune.space import Mismatch, Space, parse_space
 
 
@@ -71,7 +71,7 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
             fingerprint=plan.data.fingerprint,
             space=without_passwords(plan.space.text),
         )
-        with Session(ledger):
+        with Ownership(ledger):
             if not resume:
                 replace_text(plan.folder.space, plan.space.text)
             elif (revision := revise(ledger, plan.folder, plan.space)) is not None:

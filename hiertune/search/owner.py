@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 SESSION = "session"
 """Attribute of the first revision's study: the process that writes, or null. Replaced in one statement that
 names what was there."""
-SESSIONS = "sessions"
-"""Study attribute: every session of the search, with when it was begun and ended."""
 BEAT_S = 5.0
 SILENT_S = 30.0
 """A session that has not told for so long that it is alive is over."""
@@ -104,7 +102,7 @@ class FolderLock:
             return None
 
 
-class Session:
+class Ownership:
     """This process' right to write a ledger, from entering to leaving.
 
     Raises InputError on entering where another process has it.
@@ -117,31 +115,21 @@ class Session:
         self._ended = threading.Event()
         self._beating: threading.Thread | None = None
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Ownership:
         if isinstance(self._ledger.storage, RDBStorage):
             self._take(self._ledger.storage)
             self._ledger.refresh()  # it may have been written to until now
             self._beating = threading.Thread(target=self._beat, name="ledger-session", daemon=True)
             self._beating.start()
-        self._write_history(None)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
         if self._beating is not None:
             self._beating.join()
-        if self._ledger.lost is None:
-            self._write_history(time.time())
-            if self._beating is not None:
-                assert isinstance(self._ledger.storage, RDBStorage)
-                self._replace(self._ledger.storage, self._text, "null")
-
-    def _write_history(self, ended: float | None) -> None:
-        ledger = self._ledger
-        known = ledger.storage.get_study_user_attrs(ledger.study_id).get(SESSIONS, [])
-        mine = {key: getattr(self._me, key) for key in ("id", "host", "pid", "started")} | {"ended": ended}
-        others = [session for session in known if session["id"] != self._me.id]
-        ledger.set_study_attr(SESSIONS, [*others, mine])
+        if self._ledger.lost is None and self._beating is not None:
+            assert isinstance(self._ledger.storage, RDBStorage)
+            self._replace(self._ledger.storage, self._text, "null")
 
     # ------------------------------------------------------------------------------ in a database
 

@@ -12,9 +12,9 @@ import pytest
 
 from hiertune._database import Place
 from hiertune.errors import InputError
-from hiertune.search import session
+from hiertune.search import owner
 from hiertune.search.ledger import Ledger, LedgerLost
-from hiertune.search.session import SESSIONS, FolderLock, Process, Session
+from hiertune.search.owner import FolderLock, Ownership, Process
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def other():
 
 def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path, other):
     process = other(
-        "from pathlib import Path; from hiertune.search.session import FolderLock\n"
+        "from pathlib import Path; from hiertune.search.owner import FolderLock\n"
         f"lock = FolderLock(Path({str(tmp_path)!r})); lock.__enter__()"
     )
     with (
@@ -69,46 +69,43 @@ def reopen(place):
 
 
 def written(ledger, process):
-    """As if `process` had the session."""
-    ledger.storage.set_study_user_attr(ledger.first_id, session.SESSION, asdict(process))
+    """As if `process` had it."""
+    ledger.storage.set_study_user_attr(ledger.first_id, owner.SESSION, asdict(process))
 
 
 def test_a_database_is_one_process_at_a_time(place):
-    with Session(begin(place)):
-        with pytest.raises(InputError, match=rf"run by process {os.getpid()} on "), Session(reopen(place)):
+    with Ownership(begin(place)):
+        with pytest.raises(InputError, match=rf"run by process {os.getpid()} on "), Ownership(reopen(place)):
             pass
-        with pytest.raises(InputError, match="run by"), Session(reopen(place)):
+        with pytest.raises(InputError, match="run by"), Ownership(reopen(place)):
             pass
-    with Session(reopen(place)) as _:
+    with Ownership(reopen(place)):
         pass
-    history = reopen(place).storage.get_study_user_attrs(reopen(place).study_id)[SESSIONS]
-    assert [set(entry) for entry in history] == [{"id", "host", "pid", "started", "ended"}] * 2
-    assert all(entry["ended"] >= entry["started"] for entry in history)
 
 
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(place, other):
     process = other("")
     ledger = begin(place)
-    dead = replace(Process.this(), pid=process.pid, born=session._born(process.pid))
+    dead = replace(Process.this(), pid=process.pid, born=owner._born(process.pid))
     written(ledger, dead)
-    with pytest.raises(InputError, match=f"run by process {process.pid} on"), Session(reopen(place)):
+    with pytest.raises(InputError, match=f"run by process {process.pid} on"), Ownership(reopen(place)):
         pass
     process.kill()
     process.wait()
-    with Session(reopen(place)):
+    with Ownership(reopen(place)):
         pass
     written(ledger, replace(Process.this(), born="1"))  # the number was given to another process
-    with Session(reopen(place)):
+    with Ownership(reopen(place)):
         pass
 
 
 def test_of_another_machine_a_beat_tells(place, monkeypatch):
-    monkeypatch.setattr(session, "SILENT_S", 1.5)
-    monkeypatch.setattr(session, "_LOOK_S", 0.05)
+    monkeypatch.setattr(owner, "SILENT_S", 1.5)
+    monkeypatch.setattr(owner, "_LOOK_S", 0.05)
     ledger = begin(place)
     far = replace(Process.this(), host="far", machine="elsewhere")
 
-    class Beating(Session):
+    class Beating(Ownership):
         def _read(self, storage):  # the other one tells that it is alive while we look
             written(ledger, replace(far, beat=time.time()))
             return super()._read(storage)
@@ -117,18 +114,18 @@ def test_of_another_machine_a_beat_tells(place, monkeypatch):
         pass
     written(ledger, far)  # silent from now on
     begun = time.monotonic()
-    with Session(reopen(place)):
+    with Ownership(reopen(place)):
         assert time.monotonic() - begun >= 1.5
-    written(ledger, replace(far, beat=time.time() - 2 * session.LONG_SILENT_S))
-    monkeypatch.setattr(session, "SILENT_S", 1000.0)
-    with Session(reopen(place)):
+    written(ledger, replace(far, beat=time.time() - 2 * owner.LONG_SILENT_S))
+    monkeypatch.setattr(owner, "SILENT_S", 1000.0)
+    with Ownership(reopen(place)):
         pass
 
 
 def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
-    monkeypatch.setattr(session, "BEAT_S", 0.05)
+    monkeypatch.setattr(owner, "BEAT_S", 0.05)
     ledger = begin(place)
-    with Session(ledger):
+    with Ownership(ledger):
         trial = ledger.next_trial()
         trial.suggest_float("x", 0.0, 1.0)
         ledger.report(trial, 1, 0.5)
@@ -143,14 +140,14 @@ def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
 
 
 def test_a_revision_keeps_the_session(place, monkeypatch):
-    monkeypatch.setattr(session, "BEAT_S", 0.02)
+    monkeypatch.setattr(owner, "BEAT_S", 0.02)
     ledger = begin(place)
-    with Session(ledger):
+    with Ownership(ledger):
         for text in "bcd":
             ledger.revise(text, lambda frozen, record: frozen)
             time.sleep(0.1)
         assert ledger.lost is None
-        with pytest.raises(InputError, match="run by"), Session(reopen(place)):
+        with pytest.raises(InputError, match="run by"), Ownership(reopen(place)):
             pass
-    with Session(reopen(place)) as _:
+    with Ownership(reopen(place)) as _:
         pass
