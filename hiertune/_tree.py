@@ -10,7 +10,7 @@ from typing import Any
 
 from hiertune._distributions import Choice, Distribution, Range, find_distribution
 from hiertune._problems import Origin
-from hiertune._yaml import Key, Node, Scalar, key_text
+from hiertune._yaml import Key, Node, Scalar, key_text, show
 
 PAIRED = 8
 """Entries of a choice that are combined with those of another when a space is checked."""
@@ -186,3 +186,36 @@ def first_distribution(node: Node, key: Key) -> tuple[Key, str, int] | None:
         return key, name, node.value[name].line
     found = (first_distribution(child, (*key, part)) for part, child in _children(node))
     return next(filter(None, found), None)
+
+
+def written(root: Node) -> dict[str, tuple[str, str]]:
+    """By address: the key path, and what is written there (a value, a range, the labels of a choice)."""
+    found: dict[str, tuple[str, str]] = {}
+
+    def visit(node: Node, key: Key, address: Key) -> None:
+        value = node.value
+        if isinstance(value, dict):
+            branch = bool(address) and isinstance(address[-1], tuple)
+            for name, child in value.items():
+                if not (branch and name == "kind"):  # the branch's label says it
+                    visit(child, (*key, name), (*address, name))
+            return
+        if isinstance(value, tuple):
+            plain = without_distributions(node)
+            found[key_text(address)] = key_text(key), show(plain)
+            for index, child in enumerate(value):
+                if not isinstance(child.value, Scalar):
+                    visit(child, (*key, index), (*address, index))
+            return
+        found[key_text(address)] = (
+            key_text(key),
+            str(value) if isinstance(value, Distribution) else show(value),
+        )
+        for label, entry in (
+            zip(value.labels, value.entries, strict=True) if isinstance(value, Choice) else ()
+        ):
+            if not isinstance(entry.value, Scalar):
+                visit(entry, key, (*address, (label,)))
+
+    visit(root, (), ())
+    return found

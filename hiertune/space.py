@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hiertune._distributions import Choice, Distribution, Range, Trial, read_tree
+from hiertune._match import Mismatch, match
 from hiertune._problems import Origins, Problems
 from hiertune._schema import json_schema
 from hiertune._tree import (
@@ -49,6 +50,7 @@ from hiertune.errors import InputError
 
 __all__ = [
     "Choice",
+    "Mismatch",
     "Parameter",
     "Range",
     "Resolved",
@@ -137,6 +139,22 @@ class Space:
                 "the space has no such parameter in the branches taken", file=self.file, key=min(unused)
             )
         return resolved.config
+
+    def params_of(self, config: TrialConfig) -> dict[str, Any]:
+        """Parameters that resolve to `config`; raises Mismatch, with the first key that no trial has so.
+
+        Where the data lies may differ: `data.path` is not compared.
+        """
+        wanted = config.model_dump(mode="json")
+
+        def complete(picks: Picks) -> Any:
+            return self._build(picker(picks)).config.model_dump(mode="json")
+
+        try:
+            picks = match(self.tree, wanted, complete)
+        except Mismatch:
+            picks = match(self.tree, wanted, complete, ignore=("data", "path"))
+        return {self._names[address]: value for address, value in picks.items()}
 
     def defaults(self) -> TrialConfig:
         """The plain defaults: the first entry of each choice, the middle of each range.

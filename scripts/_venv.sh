@@ -20,3 +20,19 @@ PY
         echo "$wanted" >"$stamp"
     fi
 }
+
+# Tests of the ledger on PostgreSQL start a server of their own. As root of a Debian machine it is installed.
+ensure_postgresql() {
+    command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing PostgreSQL for the tests ..."
+        # No server of the system's own is wanted.
+        mkdir -p /etc/postgresql-common
+        [ -e /etc/postgresql-common/createcluster.conf ] ||
+            echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+            postgresql; } >/dev/null || echo "PostgreSQL could not be installed: its tests are skipped" >&2
+    else
+        echo "PostgreSQL is not installed: its tests are skipped (Debian: apt-get install postgresql)" >&2
+    fi
+}

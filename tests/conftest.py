@@ -1,6 +1,12 @@
 """Settings that all tests share, and generated images."""
 
 import importlib.util
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,3 +35,75 @@ def bench_module():
 def shape_images(bench_module):
     """`shape_images(rows, size, seed)`: the data set of the image benchmark."""
     return bench_module("_shapes").shape_images
+
+
+class PostgreSQL:
+    """A server of our own on loopback, run as an unprivileged user: it refuses to run as root."""
+
+    def __init__(self, programs, folder):
+        self._programs, self._data, self._log = programs, folder / "data", folder / "log"
+        self._user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []
+        self._names = itertools.count()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        if self._user:
+            shutil.chown(folder, "nobody")
+        login = ["-U", "hiertune", "--auth=scram-sha-256", f"--pwfile={self._password_file(folder)}"]
+        self._run("initdb", "-D", self._data, *login, "--no-sync", "--no-locale", "--encoding=UTF8")
+
+    password = "s3cret"
+
+    def _password_file(self, folder):
+        file = folder / "password"
+        file.write_text(self.password)
+        if self._user:
+            shutil.chown(file, "nobody")
+        return file
+
+    def _run(self, program, *args):
+        command = [*self._user, str(self._programs / program), *map(str, args)]
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
+
+    def start(self):
+        options = f"-h 127.0.0.1 -p {self.port} -c unix_socket_directories= -c fsync=off"
+        self._run("pg_ctl", "-D", self._data, "-l", self._log, "-o", options, "-w", "-t", 120, "start")
+
+    def stop(self, mode="fast"):
+        self._run("pg_ctl", "-D", self._data, "-m", mode, "-w", "-t", 120, "stop")
+
+    def new_database(self):
+        """The address of an empty database, without its password (that is in PGPASSWORD)."""
+        import psycopg
+
+        name = f"test{next(self._names)}"
+        login = {"host": "127.0.0.1", "port": self.port, "user": "hiertune", "password": self.password}
+        with psycopg.connect(**login, dbname="postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql+psycopg://hiertune@127.0.0.1:{self.port}/{name}"
+
+
+@pytest.fixture(scope="session")
+def postgresql_server():
+    """A real PostgreSQL. Where it is not installed tests are skipped, but not in CI."""
+    found = shutil.which("initdb")
+    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not folders:
+        reason = "PostgreSQL is not installed (Debian: apt-get install postgresql)"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    with tempfile.TemporaryDirectory(
+        prefix="hiertune-pg-"
+    ) as folder:  # pytest's own are closed to other users
+        server = PostgreSQL(folders[-1], Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop("immediate")
+
+
+@pytest.fixture
+def postgresql(postgresql_server, monkeypatch):
+    """The address of an empty PostgreSQL database; its password is in the environment."""
+    monkeypatch.setenv("PGPASSWORD", postgresql_server.password)
+    return postgresql_server.new_database()

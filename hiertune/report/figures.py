@@ -21,6 +21,7 @@ STATES = {
     "pruned": ("#d9922b", "triangle-down"),
     "failed": ("#d64545", "x"),
     "interrupted": ("#8a8f98", "square"),
+    "outside": ("#8a8f98", "x-thin-open"),
     "running": ("#8a8f98", "circle-open"),
 }
 WINNER, QUIET = "#1f9d61", "#8a8f98"

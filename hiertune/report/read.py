@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +11,26 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
+from hiertune._database import Place, ledger_url, place_of
 from hiertune._summary import read_summary
+from hiertune._yaml import parse_yaml
 from hiertune.errors import InputError
+from hiertune.record import (
+    OUTSIDE,
+    PARAM,
+    SEARCH,
+    Identity,
+    newest_study,
+    open_storage,
+    record_of,
+    row_of,
+    without_passwords,
+)
 
-PARAM = "param/"
 LEAST_FOR_IMPORTANCE = 10  # completed trials; of fewer, importance is noise
-
-_STATES = {
-    TrialState.COMPLETE: "completed",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Search:
     @property
     def ranked(self) -> pd.DataFrame:
         """Trials with an objective, best first: completed ones, then those that were stopped early."""
-        known = self.trials[self.trials["objective"].notna() & (self.trials["state"] != "failed")]
+        known = self.trials[
+            self.trials["objective"].notna() & ~self.trials["state"].isin(["failed", "outside"])
+        ]
         order = known.assign(_stopped=known["state"] != "completed", _value=self.sign * known["objective"])
         order = order.sort_values(["_stopped", "_value", "trial"], ascending=[True, False, True])
         return order.drop(columns=["_stopped", "_value"])
@@ -77,30 +81,26 @@ class Search:
 
 def read_search(run_dir: Path) -> Search:
     """Raises InputError if `run_dir` is no search's folder, or a file in it is damaged."""
-    if not (run_dir / "ledger.log").exists() and not (run_dir / "trials.csv").exists():
+    kept = ("ledger.log", "ledger.json", "trials.csv")
+    if not any((run_dir / name).exists() for name in kept):
         raise InputError("is not the folder of a search", file=run_dir, allowed="runs/NAME")
-    with _reading(run_dir / "ledger.log"):
-        study = _read_ledger(run_dir / "ledger.log")
+    path = run_dir / "space.yaml"
+    with _reading(path):
+        space = path.read_text("utf-8") if path.exists() else ""
+    record = _read_ledger(run_dir, space)
     with _reading(run_dir / "trials.csv"):
         trials = _read_trials(run_dir / "trials.csv")
     with _reading(run_dir / "ledger.log"):
-        if study is not None and len(study.get_trials(deepcopy=False)) > len(trials):
-            trials = _trials_of(study)  # the table is written when a search ends
-        importance = {} if study is None else _importance(study)
+        if record is not None and (len(record.trials) > len(trials) or record.is_revised(trials)):
+            trials = _trials_of(record.trials)  # the table is written when a search ends
+        importance = {} if record is None else _importance(record)
     summary_file = run_dir / "summary.json"
     summary = read_summary(summary_file) if summary_file.exists() else None
-    if summary is not None and sum(summary["trials"].values()) != len(trials):
+    if summary is not None and summary["trials"] != trials["state"].value_counts().to_dict():
         summary = None  # of an earlier end of a search that goes on
-    if summary is not None:
-        metric, mode = summary["objective"]["metric"], summary["objective"]["mode"]
-    else:
-        minimised = study is not None and study.direction == optuna.study.StudyDirection.MINIMIZE
-        metric, mode = _objective_metric(trials), "min" if minimised else "max"
+    metric, mode = _objective(record, trials, summary)
     with _reading(run_dir / "curves.csv"):
         curves = _read_curves(run_dir / "curves.csv", metric)
-    space = run_dir / "space.yaml"
-    with _reading(space):
-        text = _without_passwords(space.read_text("utf-8")) if space.exists() else ""
     return Search(
         name=run_dir.resolve().name,
         metric=metric,
@@ -109,8 +109,20 @@ def read_search(run_dir: Path) -> Search:
         curves=curves,
         importance=importance,
         summary=summary,
-        space=text,
+        space=without_passwords(space),
     )
+
+
+def _objective(
+    record: _Record | None, trials: pd.DataFrame, summary: Mapping[str, Any] | None
+) -> tuple[str, str]:
+    """Metric and mode."""
+    if summary is not None:
+        return summary["objective"]["metric"], summary["objective"]["mode"]
+    if record is not None and record.identity is not None and record.identity.metric:
+        return record.identity.metric, record.identity.mode
+    minimised = record is not None and record.direction == StudyDirection.MINIMIZE
+    return _objective_metric(trials), "min" if minimised else "max"
 
 
 def _read_trials(path: Path) -> pd.DataFrame:
@@ -137,42 +149,54 @@ def _table(rows: pd.DataFrame | list[dict[str, Any]]) -> pd.DataFrame:
     return table.astype({"trial": int}).sort_values("trial", ignore_index=True)
 
 
-def _read_ledger(path: Path) -> optuna.Study | None:
-    if not path.exists():
+def _read_ledger(run_dir: Path, space: str) -> _Record | None:
+    """What the journal or the database of a search says; None where there is neither.
+
+    A last line that is being written, or that a crash cut short, is as if it were not there.
+    """
+    journal = run_dir / "ledger.log"
+    if not journal.exists() and not Place(journal).pointer.exists():
         return None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    setting = None if journal.exists() else _ledger_setting(space)
+    place = place_of(journal, None if journal.exists() else ledger_url(setting))
+    storage = open_storage(place)
+    study = newest_study(place, storage)
+    if study is None:
+        return None
+    identity = Identity(**study.user_attrs[SEARCH]) if SEARCH in study.user_attrs else None
+    trials = storage.get_all_trials(study._study_id, deepcopy=False)
+    return _Record(identity, study.direction, trials)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A ledger as it is now."""
+
+    identity: Identity | None
+    direction: StudyDirection
+    trials: list[FrozenTrial]
+
+    def is_revised(self, table: pd.DataFrame) -> bool:
+        """Whether trials were left outside since the table was written."""
+        outside = sum(OUTSIDE in trial.user_attrs for trial in self.trials)
+        return outside != (table["state"] == "outside").sum()
+
+
+def _ledger_setting(space: str) -> str | None:
+    """`ledger:` of a space file that may no longer be valid in other ways."""
     try:
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        studies = storage.get_all_studies()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"can't be read: {error}", file=path, allowed="an Optuna journal") from error
-    if len(studies) != 1:
-        raise InputError(f"holds {len(studies)} studies", file=path, allowed="the ledger of one search")
-    return optuna.load_study(study_name=studies[0].study_name, storage=storage)
+        node = parse_yaml(space).value.get("ledger")
+    except InputError:
+        return None
+    return node.value if node is not None and isinstance(node.value, str) else None
 
 
-def _trials_of(study: optuna.Study) -> pd.DataFrame:
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        steps = trial.intermediate_values
-        attributes = trial.user_attrs
-        rows.append(
-            {
-                "trial": trial.number,
-                "state": _STATES[trial.state],
-                "reason": attributes.get("reason"),
-                "epochs": attributes.get("epochs", max(steps, default=0)),
-                "seconds": attributes.get("seconds"),
-                "objective": trial.value if trial.value is not None else steps.get(max(steps, default=0)),
-                **{PARAM + name: value for name, value in trial.params.items()},
-                **attributes.get("metrics", {}),
-            }
-        )
-    return _table(rows)
+def _trials_of(trials: list[FrozenTrial]) -> pd.DataFrame:
+    return _table([row_of(record) for record in map(record_of, trials)])
 
 
 def _objective_metric(trials: pd.DataFrame) -> str:
-    """The metric whose values are the objective's; the ledger of a running search doesn't name it."""
+    """The metric whose values are the objective's; ledgers of earlier versions don't name it."""
     completed = trials[trials["state"] == "completed"]
     metrics = [column for column in trials.columns if column.startswith("val/")]
     same = [name for name in metrics if len(completed) and (completed[name] == completed["objective"]).all()]
@@ -216,14 +240,12 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"can't be read: {text}", file=path) from error
 
 
-def _importance(study: optuna.Study) -> dict[str, float]:
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _importance(record: _Record) -> dict[str, float]:
+    completed = [trial for trial in record.trials if trial.state == TrialState.COMPLETE]
     if len(completed) < LEAST_FOR_IMPORTANCE or len({trial.value for trial in completed}) == 1:
         return {}
     if not any(len({str(trial.params.get(name)) for trial in completed}) > 1 for name in completed[0].params):
         return {}
+    study = optuna.create_study(direction=record.direction)
+    study.add_trials(completed)
     return optuna.importance.get_param_importances(study)
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"(://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)

@@ -12,16 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
 import ray
 from ray import tune
+from ray.tune import TuneError
 from rich.console import Console
 from rich.markup import escape
 
 from hiertune._summary import read_summary
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
-from hiertune.errors import InputError
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
@@ -43,10 +42,11 @@ from hiertune.search.results import (
     progress_line,
     resume_command,
 )
+from hiertune.search.resume import open_ledger
 from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.session import Session
 from hiertune.search.stop import write_command
-from hiertune.search.strategies import build_sampler, build_scheduler
+from hiertune.search.strategies import Memory, build_sampler, build_scheduler
 from hiertune.search.summary import summarise
 from hiertune.search.trainable import TrialActor
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
@@ -80,14 +80,15 @@ def run_search(
     interruption = interruption or Interruption()
     interruption.check()
     folder = plan.folder
-    if not plan.resume:
-        folder.create(plan.space.text)
-    with _held(folder), _logging_to(folder.log), interruption.watching(folder.request):
+    with (
+        open_ledger(plan, console) as ledger,
+        _logging_to(folder.log),
+        interruption.watching(folder.request),
+    ):
         for text in plan.warnings:
             logger.warning("%s", text)
         again = resume_command(plan)
         write_command(folder, again)
-        ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
         interruption.last_words = f"stopped at once; go on with:\n  {again}\n"
         budget = Budget(plan.config.search, plan.trials, plan.mode, ledger.ended())
         finished = _finished_summary(plan, ledger, budget)
@@ -107,7 +108,8 @@ def run_search(
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
+        known = [record for record in ledger.records() if record.state != "running"]
+        checkpoints = Checkpoints(folder, plan.mode, known)
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         if plan.resume:
             display.note(f"resuming {plan.config.name}: {progress_line(ledger.records(), plan.trials)}")
@@ -159,18 +161,6 @@ def _write_summary(plan: SearchPlan, summary: dict[str, Any], delivery: Delivery
 
 
 @contextlib.contextmanager
-def _held(folder: RunFolder) -> Iterator[None]:
-    """At most one process at a time runs a search."""
-    lock = filelock.FileLock(folder.lock)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(f"another process is running this search: {folder.root}", key="name") from None
-    with lock:
-        yield
-
-
-@contextlib.contextmanager
 def _tracked(
     plan: SearchPlan, tracker: Tracker, interruption: Interruption, console: Console
 ) -> Iterator[None]:
@@ -192,7 +182,7 @@ def _tracked(
 def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> Delivery:
     """What is tracked, as far as the user waits for it. The rest stays in the spool."""
     if interruption.at_once:
-        return tracker.close(_LAST_POINTS_S)
+        return tracker.close(_LAST_POINTS_S, hurry=True)
     status = tracker.status()
     waiting = f"{delivery_line(status)}; Ctrl-C ends the waiting, and loses nothing"
     if status.since is not None and not console.is_terminal:
@@ -253,7 +243,8 @@ def _run_all(
     try:
         display.say("starting worker groups")
         with interruption.finishing(), session:
-            _run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
+            with _kept(ledger):
+                _run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
             if session.halted:
                 display.say("saving checkpoints")
                 pool.settle()
@@ -274,6 +265,18 @@ def _best_of(plan: SearchPlan, ledger: Ledger, budget: Budget) -> TrialRecord:
     if best is None:
         raise SearchFailed(_why_nothing_won(plan, ledger.records(), _ending(ledger, budget)))
     return best
+
+
+@contextlib.contextmanager
+def _kept(ledger: Ledger) -> Iterator[None]:
+    """A ledger that can't be written to ends the search. (Tune passes its exception on as a text, or not.)"""
+    try:
+        yield
+    except TuneError:
+        if ledger.lost is None:
+            raise
+    if ledger.lost is not None:
+        raise SearchFailed(f"{ledger.lost}; what it has is kept, and `--resume` goes on")
 
 
 def _run_trials(
@@ -317,7 +320,7 @@ def _run_trials(
             metric=plan.metric,
             mode=plan.mode,
             search_alg=searcher,
-            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs),
+            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
             num_samples=plan.trials - len(ledger.ended()),
             max_concurrent_trials=pool.size,
             reuse_actors=True,
@@ -327,6 +330,15 @@ def _run_trials(
             name="tune", storage_path=str(plan.folder.ray), stop=_Halt(session), verbose=0
         ),
     ).fit()
+
+
+def _memory(ledger: Ledger) -> Memory:
+    """What the scheduler of a resumed search has to know."""
+    epochs, ended = ledger.epochs(), {record.number for record in ledger.ended()}
+    return Memory(
+        {f"trial-{number}": values for number, values in epochs.items() if number in ended},
+        {f"trial-{number}": values for number, values in epochs.items() if number not in ended},
+    )
 
 
 class _Halt(tune.Stopper):

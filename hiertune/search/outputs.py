@@ -21,6 +21,7 @@ class RunFolder:
         self.root = root
         self.ledger = root / "ledger.log"
         self.space = root / "space.yaml"
+        """The present space; those of earlier revisions are beside it as `space.1.yaml`, ..."""
         self.trials = root / "trials.csv"
         self.curves = root / "curves.csv"
         self.best = root / "best.yaml"
@@ -31,10 +32,15 @@ class RunFolder:
         self.ray = root / ".ray"
         self.lock = root / "search.lock"
         """Held by the process that runs the search."""
+        self.owner = root / "search.owner"
+        """Who that is."""
         self.request = root / "stop-request"
         """How `hiertune stop` asks it to stop."""
         self.resume = root / "resume.sh"
         """The command that goes on with the search, as a script."""
+
+    def earlier_space(self, revision: int) -> Path:
+        return self.root / f"space.{revision}.yaml"
 
     def trial(self, number: int) -> Path:
         return self.root / "trials" / f"{number:04d}"
@@ -54,16 +60,22 @@ class RunFolder:
 
     def require_existing(self) -> None:
         """InputError when there is no search of this name to resume."""
-        if not self.ledger.exists():
+        if not self.has_ledger and not self.is_bare:
             raise InputError(
                 f"there is no search to resume in {self.root}",
                 key="name",
                 allowed="the name of a search that was begun, or no `--resume`",
             )
 
-    def create(self, space_text: str) -> None:
-        self.root.mkdir(parents=True)
-        self.space.write_text(space_text, encoding="utf-8")
+    @property
+    def has_ledger(self) -> bool:
+        """A journal, or the name of the search in a database."""
+        return self.ledger.exists() or self.ledger.with_suffix(".json").exists()
+
+    @property
+    def is_bare(self) -> bool:
+        """A search that was killed before anything was recorded: it can begin again."""
+        return self.root.exists() and not self.has_ledger and not self.curves.exists()
 
 
 def state_of(record: TrialRecord) -> str:
@@ -80,19 +92,9 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
     """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
     import pandas as pd
 
-    rows = [
-        {
-            "trial": record.number,
-            "state": state_of(record),
-            "reason": record.reason,
-            "epochs": record.epochs,
-            "seconds": record.seconds,
-            "objective": record.value,
-            **{f"param/{name}": value for name, value in record.params.items()},
-            **record.metrics,
-        }
-        for record in records
-    ]
+    from hiertune.record import row_of
+
+    rows = [row_of(record) | {"state": state_of(record)} for record in records]
     replace_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 

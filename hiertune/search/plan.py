@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import ValidationError
 
+from hiertune._database import Place, check_reachable, ledger_url, place_of
 from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
 from hiertune.errors import InputError
@@ -35,6 +36,7 @@ class SearchPlan:
     """How many trials the search shall have in all, those of earlier runs included."""
     tracking_uri: str
     resume: bool
+    ledger: Place
     warnings: tuple[str, ...] = ()
     """What can be searched, but is seldom meant."""
     given: Mapping[str, str] = field(default_factory=dict)
@@ -87,11 +89,7 @@ def plan_search(
     if time_budget is not None:
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
-    if resume:
-        folder.require_existing()
-        _check_same_space(folder.space, space)
-    else:
-        folder.require_new()
+    ledger = _ledger_of(config, folder, resume, file)
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
         check_uri(uri)
@@ -112,6 +110,7 @@ def plan_search(
         wanted,
         uri,
         resume,
+        ledger,
         tuple(warnings_with_data(space, data)),
         {option: str(value) for option, value in given.items() if value is not None},
     )
@@ -155,10 +154,19 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
     return first
 
 
-def _check_same_space(begun: Path, space: Space) -> None:
-    if load_space(begun).tree != space.tree:
-        raise InputError(
-            f"the space is not the one that this search was begun with ({begun})",
-            file=space.file,
-            allowed="the same space (the `search` and `tracking` sections may differ), or another name",
-        )
+def _ledger_of(config: SearchConfig, folder: RunFolder, resume: bool, file: Path) -> Place:
+    """Where the search's record is or will be; a database has answered by then."""
+    try:
+        url = ledger_url(config.ledger)
+        if not resume:
+            folder.require_new()
+        elif url is None:
+            folder.require_existing()
+        place = place_of(folder.ledger, url, given=config.ledger is not None)
+        if place.url is not None:
+            check_reachable(place.url)
+    except InputError as error:
+        if error.key != "ledger" or error.file is not None:
+            raise
+        raise InputError(error.problem, file=file, key=error.key, allowed=error.allowed) from None
+    return place

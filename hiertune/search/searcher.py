@@ -2,6 +2,10 @@
 
 Ray's own OptunaSearch tells a trial that the scheduler stopped as COMPLETE with an early value,
 which misleads the sampler, and leaves failed ones RUNNING for ever.
+
+A trial is in the ledger before anybody hears of it, as the ledger gives it its number; of its epochs and
+its end the listeners hear first and the ledger last. What a kill in between left untold is told again when
+the search resumes, so a listener takes what it has heard as nothing new.
 """
 
 from __future__ import annotations
@@ -78,27 +82,32 @@ class LedgerSearcher(Searcher):
         if result.get("state") == "interrupted":
             return  # no worker had it; it goes on when the search resumes
         state, reason = _verdict(result, error)
+        seconds = time.monotonic() - self._begun.pop(trial_id)
         if state != "failed" and self.metric in result:
             self._report(trial, result)
         if state == "pruned" and self._halted():
+            self._ledger.pause(trial, seconds)
             return  # stopped by the user or a budget, not by the scheduler: it goes on as well
-        record = self._ledger.tell(
+        record = self._ledger.ending(
             trial,
             state,
             value=result.get(self.metric),
             epochs=result.get("training_iteration", 0),
-            seconds=time.monotonic() - self._begun.pop(trial_id),
+            seconds=seconds,
             metrics=_metrics(result),
             reason=reason,
         )
         self._listener.trial_ended(record)
+        self._ledger.tell(trial, record)
 
     def _report(self, trial: Trial, result: dict) -> None:
         epoch = result["training_iteration"]
-        if self._ledger.report(trial, epoch, result[self.metric]):
-            for note in result.get("notes", ()):
-                logger.info("trial %d: %s", trial.number, note)
-            self._listener.trial_reported(trial.number, epoch, _metrics(result))
+        if self._ledger.has(trial, epoch):
+            return
+        for note in result.get("notes", ()):
+            logger.info("trial %d: %s", trial.number, note)
+        self._listener.trial_reported(trial.number, epoch, _metrics(result))
+        self._ledger.report(trial, epoch, result[self.metric])
 
     def __getstate__(self) -> dict:
         """For Tune's snapshot, which is never restored."""

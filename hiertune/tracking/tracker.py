@@ -198,11 +198,12 @@ class Tracker:
             return replace(progress, error=f"delivery ended with code {code}; see {self._run_dir / LOG}")
         return progress
 
-    def close(self, patience: float) -> Delivery:
+    def close(self, patience: float, *, hurry: bool = False) -> Delivery:
         """End the spool and wait for its delivery; `sync` delivers what is left.
 
         It is waited for as long as points arrive, and given up `patience` seconds after the last did;
-        at once, if that is 0. May be called again after an exception that broke off the waiting.
+        at once, if that is 0. A delivery that has just been launched has longer for its start, unless it is
+        to `hurry`. May be called again after an exception that broke off the waiting.
         """
         if not self._closed:
             self._write("close")
@@ -213,7 +214,7 @@ class Tracker:
             self._launch()
         self._release()
         if patience > 0:
-            self._wait(patience)
+            self._wait(patience, 0.0 if hurry else STARTUP)
         if self._process.poll() is None:
             self._process.kill()  # delivery is made to be cut off anywhere
             self._process.wait()
@@ -222,8 +223,8 @@ class Tracker:
             return replace(status, error=f"no answer from {display_uri(self._uri)} in time")
         return status
 
-    def _wait(self, patience: float) -> None:
-        ready = self._launched + STARTUP
+    def _wait(self, patience: float, startup: float) -> None:
+        ready = self._launched + startup
         passed, deadline = self.status().delivered, time.monotonic() + patience
         while self._process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -212,6 +212,74 @@ def _wait_for(condition, process, timeout_s=180):
         time.sleep(0.05)
 
 
+def ended_rows(run):
+    return [row for row in rows_of(run) if row["state"] not in ("interrupted", "outside")]
+
+
+def test_a_search_on_postgresql_is_killed_and_goes_on_and_is_extended(
+    hiertune, start_hiertune, write_space, tmp_path, postgresql
+):
+    search = "scheduler: {kind: none}, controls: false, refit: false, max_concurrent: 1"
+    space = write_space(search, trials=3, epochs=30)
+    space.write_text(space.read_text() + f"ledger: {postgresql}\n")
+    run, curves = tmp_path / "runs" / "small", tmp_path / "runs" / "small" / "curves.csv"
+    process = start_hiertune("search", space)
+    _wait_for(lambda: curves.exists() and "\n1,3," in curves.read_text(), process)  # in its second trial
+    second = hiertune("search", space, "--resume", capture_output=True)
+    assert second.returncode == 2
+    assert f"this search is being run by process {process.pid} on" in second.stderr
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = rows_of(run)
+    assert [(row["trial"], row["state"], row["epochs"]) for row in first] == [
+        (str(number), "completed", "30") for number in range(3)
+    ]
+    assert not (run / "ledger.log").exists()
+    assert "s3cret" not in (run / "ledger.json").read_text() + (run / "search.log").read_text()
+
+    # A wider space extends it; what is finished stays as it is, number by number.
+    text = space.read_text().replace("[0.0, 0.4]", "[0.0, 0.6]").replace("trials: 3", "trials: 5")
+    space.write_text(text)
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 trials are carried over" in done.stdout
+    assert rows_of(run)[:3] == first
+    assert len(rows_of(run)) == 5
+    assert "[0.0, 0.4]" in (run / "space.1.yaml").read_text()
+    assert "[0.0, 0.6]" in (run / "space.yaml").read_text()
+
+    # A space without a branch leaves its trials outside, and as many are tried anew.
+    heads = {row["param/model.head"] for row in rows_of(run)}
+    gone = "linear" if "linear" in heads else "conditional"
+    left = [row for row in rows_of(run) if row["param/model.head"] == gone]
+    lines = [line for line in text.splitlines() if f"- {{kind: {gone}" not in line]
+    space.write_text("\n".join(lines) + "\n")
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outside = [row for row in rows_of(run) if row["state"] == "outside"]
+    assert [row["trial"] for row in outside] == [row["trial"] for row in left]
+    assert [row["val/loss"] for row in outside] == [row["val/loss"] for row in left]
+    assert len(ended_rows(run)) == 5
+
+
+def test_finished_trials_stay_as_they_are(hiertune, write_space, tmp_path):
+    search = "scheduler: {kind: asha, grace_epochs: 1}, controls: false, refit: false"
+    space = write_space(search, trials=3)
+    run = tmp_path / "runs" / "small"
+    assert hiertune("search", space, capture_output=True).returncode == 0
+    before = (run / "trials.csv").read_bytes()
+    again = hiertune("search", space, "--resume", capture_output=True)
+    assert again.returncode == 0, "there is nothing to do"
+    assert (run / "trials.csv").read_bytes() == before
+    done = hiertune("search", space, "--resume", "--trials", "5", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "trials.csv").read_bytes().splitlines()[:4] == before.splitlines()
+    assert len(rows_of(run)) == 5
+
+
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
 def test_every_scheduler_ends_every_trial(hiertune, write_space, tmp_path, scheduler):
     search = f"scheduler: {{kind: {scheduler}}}, refit: false, controls: false"

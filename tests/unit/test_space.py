@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hiertune.config import FixedConfig, LevelSmoothingConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.space import (
+    Mismatch,
     Range,
     Space,
     dump_config,
@@ -971,3 +972,123 @@ def test_located_makes_the_paths_of_a_config_absolute(tmp_path):
     assert located(config, tmp_path / "elsewhere") == config
     builtin = parse_space("name: t\ndata: {path: builtin:rrna16s}\n").defaults()
     assert located(builtin, tmp_path) == builtin
+
+
+# ------------------------------------------------------------------------- from configs to parameters
+
+AMBIGUOUS = (
+    BASE
+    + """\
+model:
+  backbone:
+    choice:
+      - {kind: mlp}
+      - {kind: mlp, hidden: [256]}
+      - {kind: mlp, hidden: [256], dropout: {uniform: [0.2, 0.5]}}
+      - {kind: mlp, hidden: {choice: [[64], [64, 32]]}, dropout: {choice: [0.1, {uniform: [0.3, 0.4]}]}}
+  head:
+    choice: [{kind: linear}, {kind: conditional, routing: {choice: [soft, gumbel]}}, {kind: conditional}]
+optimizer: {kind: adamw, lr: {choice: [{loguniform: [1e-4, 1e-3]}, {loguniform: [1e-2, 1e-1]}, 0.5]}}
+train: {batch_size: {choice: [64, {int: [65, 70]}]}}
+"""
+)
+
+
+@given(st.sampled_from([SPACE, BRANCHES, PER_LEVEL, AMBIGUOUS]), st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_parameters_of_a_config_give_the_config(text, seed):
+    space = SPACES.setdefault(text, parse_space(text))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    config = space.suggest(study.ask())
+    assert space.resolve(space.params_of(config)) == config
+
+
+SPACES: dict[str, Space] = {}
+
+
+def test_parameters_of_a_config_are_those_that_it_was_made_of():
+    for text in (SPACE, BRANCHES, PER_LEVEL):
+        space = parse_space(text)
+        for params, config in samples(space, 30):
+            assert space.params_of(config) == params
+
+
+WIDER = (
+    SPACE.replace("[0.0, 0.5]", "[0.0, 0.9]")
+    .replace("- {kind: linear}", "- {kind: conditional, alpha: 1}\n      - {kind: linear}")
+    .replace("routing: {choice: [soft, hard, gumbel]}", "routing: {choice: [gumbel, soft, hard]}")
+    .replace("- {kind: conditional, alpha: 1}\n      ", "")
+    .replace("batch_size: {int: [64, 128]}", "batch_size: {choice: [{int: [64, 100]}, {int: [101, 512]}]}")
+    .replace("epochs: 20", "epochs: {int: [10, 40]}")
+)
+
+
+def test_a_config_of_a_narrower_space_has_parameters_in_the_wider():
+    space, wider = parse_space(SPACE), parse_space(WIDER)
+    for params, config in samples(space, 30):
+        found = wider.params_of(config)
+        assert wider.resolve(found) == config
+        assert found["train.epochs"] == 20
+        assert found["train.batch_size"] == ("int#0" if params["train.batch_size"] <= 100 else "int#1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "reason"),
+    [
+        ("dropout: {uniform: [0.0, 0.5]}", "dropout: 0.1", "model.backbone.dropout", "is not 0.1"),
+        ("hidden: [512]", "hidden: [256]", "model.backbone.hidden[0]", "512 is not 256"),
+        ("hidden: [512]", "hidden: [512, 256]", "model.backbone.hidden", "is not of length 2"),
+        ("kind: mlp, hidden: [512],", "kind: identity,", "model.backbone.kind", "'mlp' is not 'identity'"),
+        (
+            "alpha: {uniform: [0.0, 0.4]}",
+            "alpha: {uniform: [0.9, 1.0]}",
+            "loss.alpha",
+            "is not in uniform: [0.9",
+        ),
+        ("seed: 0", "seed: 1", "train.seed", "0 is not 1"),
+        ("seed: 0, ", "", None, None),
+        ("kind: adamw, ", "kind: adamw, weight_decay: 0.5, ", "optimizer.weight_decay", "is not 0.5"),
+        (", dropout: {uniform: [0.0, 0.5]}", "", "model.backbone.dropout", "is not 0.0"),
+        (
+            "batch_size: {int: [64, 128]}",
+            "batch_size: {choice: [{int: [1, 9]}, 32]}",
+            "train.batch_size",
+            "choice",
+        ),
+        ("builtin:rrna16s}", "elsewhere.h5}", None, None),
+        ("builtin:rrna16s}", "{choice: [a.h5, b.h5]}}", None, None),
+    ],
+)
+def test_what_a_space_does_not_hold_is_said_with_its_first_key(old, new, key, reason):
+    assert old in SPACE
+    space, other = parse_space(SPACE), parse_space(SPACE.replace(old, new))
+    config = samples(space, 1)[0][1]
+    if key is None:
+        found = other.resolve(other.params_of(config))
+        data = config.data.model_copy(update={"path": found.data.path})
+        assert found == config.model_copy(update={"data": data})
+        return
+    with pytest.raises(Mismatch) as raised:
+        other.params_of(config)
+    assert raised.value.key == key
+    assert reason in raised.value.reason
+
+
+def test_a_branch_that_is_gone_is_said_with_what_is_left():
+    space = parse_space(SPACE)
+    other = parse_space(SPACE.replace("      - {kind: hierarchical_softmax}\n", ""))
+    for params, config in samples(space, 30):
+        if params["model.head"] != "hierarchical_softmax":
+            assert other.params_of(config) == params
+            continue
+        with pytest.raises(
+            Mismatch, match=r"model.head: hierarchical_softmax is not in choice: \[linear, cond"
+        ):
+            other.params_of(config)
+
+
+def test_inside_a_branch_the_key_is_named():
+    other = parse_space(SPACE.replace("loguniform: [0.2, 5.0]", "loguniform: [6.0, 7.0]"))
+    config = next(c for p, c in samples(parse_space(SPACE), 30) if p["model.head"] == "conditional")
+    with pytest.raises(Mismatch, match=r"model.head.temperature: .* is not in loguniform: \[6.0, 7.0\]"):
+        other.params_of(config)

@@ -399,3 +399,50 @@ def test_cells():
 
 def test_durations():
     assert [duration(seconds) for seconds in (9.4, 61, 7260)] == ["9 s", "1 min 1 s", "2 h 1 min"]
+
+
+# ------------------------------------------------------------------------------- any ledger
+
+
+def test_a_line_that_is_being_written_is_as_if_it_were_not_there(builder):
+    builder.add()
+    builder.add("running")
+    whole = read_search(builder.root).trials
+    with (builder.root / "ledger.log").open("ab") as file:
+        file.write(b'{"op_code": 4, "tri')
+    text = (builder.root / "ledger.log").read_bytes()
+    assert read_search(builder.root).trials.equals(whole)
+    assert (builder.root / "ledger.log").read_bytes() == text
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_the_newest_revision_of_any_ledger_is_read(tmp_path, kind, request):
+    from hiertune._database import Place
+    from hiertune.search.ledger import Ledger, carried_over, put_outside
+
+    root = tmp_path / "demo"
+    root.mkdir()
+    url = {"journal": lambda: None, "sqlite": lambda: f"sqlite:///{tmp_path}/x.db"}.get(
+        kind, lambda: request.getfixturevalue("postgresql")
+    )()
+    (root / "space.yaml").write_text("name: demo\n" + (f"ledger: {url}\n" if url else ""))
+    place = Place(root / "ledger.log", url)
+    ledger = Ledger.open(place, "demo", "min", resume=False, metric="val/loss")
+    for value in (0.5, 0.25):
+        trial = ledger.next_trial()
+        trial.suggest_float("optimizer.lr", 0.0, 1.0)
+        ledger.tell(trial, "completed", value=value, epochs=3, metrics={"val/loss": value})
+
+    def carry(frozen, record):
+        if frozen.number == 1:
+            return put_outside(frozen, {}, "optimizer.lr: too large", 1)
+        return carried_over(frozen, frozen.params, frozen.distributions, {})
+
+    ledger.revise("name: demo", carry)
+    search = read_search(root)
+    assert (search.metric, search.mode, search.best) == ("val/loss", "min", 0)
+    assert list(search.trials["state"]) == ["completed", "outside"]
+    assert list(search.trials["val/loss"]) == [0.5, 0.25]
+    assert list(search.trials["reason"])[1] == "optimizer.lr: too large"
+    assert search.trials["param/optimizer.lr"].notna().all()
+    assert page_of(root).text

@@ -1,24 +1,36 @@
-"""The ledger on a real Optuna journal file, and what the searcher tells it."""
+"""The ledger by the same rules on a journal file, SQLite and PostgreSQL, and what the searcher tells it."""
+
+import json
+import math
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
+from hiertune._database import Place
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.errors import InputError
-from hiertune.search.ledger import Ledger, Used
+from hiertune.record import newest_study, open_storage
+from hiertune.search.ledger import Ledger, LedgerLost, Used, carried_over, put_outside
 from hiertune.search.messages import Job
 from hiertune.search.searcher import LedgerSearcher
 
 CONFIG = TrialConfig(data=DataConfig(path="none.h5"))
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "ledger.log"
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+def path(request, tmp_path):
+    """Where the ledger is."""
+    journal = tmp_path / "ledger.log"
+    if request.param == "journal":
+        return Place(journal)
+    if request.param == "sqlite":
+        return Place(journal, f"sqlite:///{tmp_path}/ledger.db")
+    return Place(journal, request.getfixturevalue("postgresql"))
 
 
-def open_ledger(path, resume=False, mode="max"):
-    ledger = Ledger.open(path, "search", mode, resume=resume)
+def open_ledger(path, resume=False, mode="max", **identity):
+    ledger = Ledger.open(path, "search", mode, resume=resume, **identity)
     ledger.study.sampler = optuna.samplers.RandomSampler(seed=0)
     return ledger
 
@@ -87,11 +99,253 @@ def test_the_best_is_completed_and_the_earliest_of_equals(path, mode, best):
 
 
 def test_resuming_needs_a_ledger_of_the_same_mode(path):
-    with pytest.raises(InputError, match="no search to resume"):
+    with pytest.raises(InputError, match=r"no search to resume|holds no searches named 'search'"):
         open_ledger(path, resume=True)
     open_ledger(path)
+    with pytest.raises(InputError, match="holds a search already"):
+        open_ledger(path)
     with pytest.raises(InputError, match="begun with mode max"):
         open_ledger(path, resume=True, mode="min")
+
+
+def frozen_trials(path):
+    """As a process that opens the ledger anew has them."""
+    storage = open_storage(path)
+    return storage.get_all_trials(newest_study(path, storage)._study_id)
+
+
+@pytest.mark.parametrize(
+    ("now", "problem"),
+    [
+        ({"metric": "val/loss"}, "begun with the objective val/accuracy, and this is val/loss"),
+        ({"fingerprint": "b" * 64}, "the data is not what the search was begun with .*bbbb, then aaaa"),
+    ],
+)
+def test_results_that_could_not_be_compared_are_refused(path, now, problem):
+    begun = {"metric": "val/accuracy", "fingerprint": "a" * 64, "space": "name: search"}
+    open_ledger(path, **begun)
+    with pytest.raises(InputError, match=problem):
+        open_ledger(path, resume=True, **begun | now)
+    identity = open_ledger(path, resume=True, **begun).identity
+    assert (identity.metric, identity.mode, identity.revision) == ("val/accuracy", "max", 1)
+    assert (identity.space, identity.fingerprint, identity.version) == ("name: search", "a" * 64, "0.1.0")
+
+
+def test_a_trial_is_recorded_whole_or_not_at_all(path):
+    ledger = open_ledger(path)
+    trial = ledger.next_trial()
+    trial.suggest_float("x", 0.0, 1.0)
+    trial.suggest_categorical("y", [None, "a", 3, True])
+    assert frozen_trials(path) == []
+    ledger.begin(trial)
+    (frozen,) = frozen_trials(path)
+    assert (frozen.state, frozen.params) == (TrialState.RUNNING, trial.params)
+    again = open_ledger(path, resume=True).next_trial()
+    assert (again.number, again.params) == (0, trial.params)
+
+
+def test_a_trial_that_lacks_parameters_is_completed(path):
+    """As ledgers of earlier versions can have it, which recorded one parameter after another."""
+    ledger = open_ledger(path)
+    at = ledger.storage.create_new_trial(ledger.study_id)
+    distribution = optuna.distributions.FloatDistribution(0.0, 1.0)
+    ledger.storage.set_trial_param(at, "x", 0.25, distribution)
+    resumed = open_ledger(path, resume=True)
+    trial = ask(resumed)
+    trial.suggest_int("n", 1, 5)
+    resumed.begin(trial)
+    (frozen,) = frozen_trials(path)
+    assert frozen.params == {"x": 0.25, "n": trial.params["n"]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_what_is_no_number_never_completes_a_trial(path, value):
+    ledger = open_ledger(path)
+    record = ledger.tell(ask(ledger), "completed", value=value, epochs=3, metrics={"val/loss": 1.0})
+    assert (record.state, record.fault, record.reason) == ("failed", "diverged", f"the objective is {value}")
+    assert frozen_trials(path)[0].state == TrialState.FAIL
+    assert open_ledger(path, resume=True).records() == [record]
+    assert ledger.best() is None
+
+
+def test_incidents_are_noted_once_and_count_as_attempts(path):
+    ledger = open_ledger(path)
+    trial = ask(ledger)
+    first = {"fault": "crashed", "reason": "signal 11", "epoch": 1, "time": 1.5}
+    second = first | {"epoch": 2, "time": 2.5}
+    ledger.note(trial, [first])
+    ledger.note(trial, [first, second])
+    ledger.note(trial, [])
+    resumed = open_ledger(path, resume=True)
+    again = ask(resumed)
+    record = resumed.tell(again, "failed", reason="signal 11", fault="crashed")
+    (same,) = open_ledger(path, resume=True).records()
+    assert same == record
+    assert (same.incidents, same.attempts, same.fault) == ((first, second), 3, "crashed")
+
+
+def test_the_time_of_all_sessions_counts(path):
+    ledger = open_ledger(path)
+    ledger.pause(ask(ledger), 1.5)
+    resumed = open_ledger(path, resume=True)
+    assert resumed.records()[0].seconds == 1.5
+    record = resumed.tell(ask(resumed), "completed", value=1.0, seconds=2.0)
+    assert record.seconds == 3.5
+    assert open_ledger(path, resume=True).records()[0].seconds == 3.5
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_sampler_goes_on_with_its_notes(path):
+    """A quasi-random sequence keeps its place in the study, so it does not begin again."""
+
+    def opened(resume):
+        ledger = Ledger.open(path, "search", "max", resume=resume)
+        ledger.study.sampler = optuna.samplers.QMCSampler(seed=1, warn_independent_sampling=False)
+        return ledger
+
+    def run(ledger, count):
+        for _ in range(count):
+            trial = ask(ledger)
+            ledger.tell(trial, "completed", value=trial.params["x"])
+
+    run(opened(False), 3)
+    run(opened(True), 3)
+    taken = [trial.params["x"] for trial in frozen_trials(path)]
+    study = optuna.create_study(
+        sampler=optuna.samplers.QMCSampler(seed=1, warn_independent_sampling=False), direction="maximize"
+    )
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), 6)
+    assert taken[1:] == [trial.params["x"] for trial in study.trials][1:], "the first is drawn independently"
+
+
+def test_the_memory_of_a_study_is_what_the_storage_has(path):
+    ledger = open_ledger(path)
+    for number, state in enumerate(["completed", "pruned", "failed"]):
+        trial = ask(ledger)
+        ledger.report(trial, 1, 0.5 + number)
+        ledger.tell(trial, state, value=0.5 + number)
+    ledger.begin(ask(ledger))
+
+    def seen(frozen):
+        return frozen.number, frozen.state, frozen.params, frozen.values, frozen.intermediate_values
+
+    assert list(map(seen, ledger.study.trials)) == list(map(seen, frozen_trials(path)))
+    assert ledger.records() == open_ledger(path, resume=True).records()
+    assert ledger.epochs() == {0: {1: 0.5}, 1: {1: 1.5}, 2: {1: 2.5}, 3: {}}
+
+
+# ------------------------------------------------------------------------------------- revisions
+
+
+def revised(ledger, space="b"):
+    """Trials 0 and 2 (running) are carried over, with a wider range; 1 and 3 (running) are left outside."""
+    wide = {"x": optuna.distributions.FloatDistribution(-5.0, 5.0)}
+
+    def carry(frozen, record):
+        if frozen.number in (1, 3):
+            return put_outside(frozen, {"is": frozen.number}, "x: too small", ledger.identity.revision)
+        return carried_over(frozen, frozen.params, wide, {"from": 1})
+
+    ledger.revise(space, carry)
+
+
+@pytest.fixture
+def four(path):
+    ledger = open_ledger(path, space="a", metric="val/accuracy")
+    for value in (0.5, 0.9):
+        trial = ask(ledger)
+        ledger.report(trial, 1, value)
+        ledger.tell(trial, "completed", value=value, epochs=1, seconds=2.0, metrics={"val/loss": value})
+    for _ in range(2):
+        trial = ask(ledger)
+        ledger.begin(trial)
+        ledger.report(trial, 1, 0.7)
+    return ledger
+
+
+def test_a_revision_keeps_numbers_and_results(path, four):
+    before = four.records()
+    revised(four)
+    for ledger in (four, open_ledger(path, resume=True)):
+        assert (ledger.identity.revision, ledger.identity.space, ledger.space_of(1)) == (2, "b", "a")
+        records = ledger.records()
+        assert [record.state for record in records] == ["completed", "outside", "running", "outside"]
+        assert records[0] == before[0]
+        assert records[2] == before[2]
+        assert records[1].reason == "x: too small"
+        for old, new in zip(before, records, strict=True):
+            assert (old.number, old.params, old.metrics) == (new.number, new.params, new.metrics)
+            assert (old.epochs, old.seconds) == (new.epochs, new.seconds)
+        assert [record.number for record in ledger.ended()] == [0]
+        assert ledger.best().number == 0
+        assert ledger.epochs() == {0: {1: 0.5}, 2: {1: 0.7}}
+        assert [trial.number for trial in ledger.study.trials] == [0, 2], "samplers do not see the others"
+
+    resumed = open_ledger(path, resume=True)
+    again = resumed.next_trial()
+    assert again.number == 2
+    assert again.suggest_float("x", -5.0, 5.0) == before[2].params["x"]
+    resumed.begin(again)
+    resumed.tell(again, "completed", value=0.8)
+    new = resumed.next_trial()
+    new.suggest_float("x", -5.0, 5.0)
+    resumed.tell(new, "completed", value=0.6)
+    assert [record.number for record in open_ledger(path, resume=True).ended()] == [0, 2, 4]
+
+
+def test_what_was_outside_can_come_back(path, four):
+    before = [(r.state, r.params, r.value, r.metrics) for r in four.records()]
+    revised(four)
+    distribution = {"x": optuna.distributions.FloatDistribution(0.0, 2.0)}
+    four.revise("c", lambda frozen, record: carried_over(frozen, record.params, distribution, {"from": 2}))
+    ledger = open_ledger(path, resume=True)
+    assert [(r.state, r.params, r.value, r.metrics) for r in ledger.records()] == before
+    assert ledger.identity.revision == 3
+    assert {ledger.next_trial().number for _ in range(2)} == {2, 3}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing(storage, at):
+    """Raises before the `at`-th write (from 0), as if the process was gone."""
+    writes = iter(range(10_000))
+
+    def wrapped(name, function):
+        def write(*args, **options):
+            if next(writes) == at:
+                raise Killed(name)
+            return function(*args, **options)
+
+        return write
+
+    for name in ("create_new_study", "delete_study", "create_new_trial"):
+        setattr(storage, name, wrapped(name, getattr(storage, name)))
+    for name in ("set_study_user_attr", "set_study_system_attr", "set_trial_param", "set_trial_user_attr"):
+        setattr(storage, name, wrapped(name, getattr(storage, name)))
+    for name in ("set_trial_state_values", "set_trial_intermediate_value"):
+        setattr(storage, name, wrapped(name, getattr(storage, name)))
+    return writes
+
+
+def test_a_revision_killed_at_any_write_holds_wholly_or_not_at_all(path, four):
+    before, at = four.records(), 0
+    while True:
+        ledger = open_ledger(path, resume=True)
+        assert ledger.records() == before
+        assert ledger.identity.revision == 1
+        killing(ledger.storage, at)
+        try:
+            revised(ledger)
+        except Killed:
+            at += 1
+            continue
+        break
+    assert at == 1 + 4 + 1 + (at > 6), "the study, its trials, what it is; and the half of the one before"
+    resumed = open_ledger(path, resume=True)
+    assert resumed.identity.revision == 2
+    assert [record.state for record in resumed.records()] == ["completed", "outside", "running", "outside"]
 
 
 class Recorder:
@@ -267,8 +521,242 @@ def test_what_sessions_used_is_added_up_and_read_back(path):
 
 def test_ended_trials_come_in_the_order_of_their_ends(path):
     ledger = open_ledger(path)
-    first, second = ledger.next_trial(), ledger.next_trial()
-    ledger.next_trial()
+    first, second = ask(ledger), ask(ledger)
+    ledger.begin(first)
     ledger.tell(second, "completed", value=0.5)
     ledger.tell(first, "failed", reason="x")
     assert [record.number for record in ledger.ended()] == [1, 0]
+
+
+# ------------------------------------------------------------------- a kill between any two writes
+
+
+class Spool:
+    """A listener that outlives the process, and takes nothing twice; `told` has every call."""
+
+    def __init__(self):
+        self.told, self.kept = [], {}
+
+    def hear(self, what, key, value):
+        self.told.append((what, *key))
+        assert self.kept.setdefault((what, *key), value) == value, "another value for what is known"
+
+    def trial_started(self, number, config, params):
+        self.hear("started", (number,), dict(params))
+
+    def trial_reported(self, number, epoch, metrics):
+        self.hear("epoch", (number, epoch), metrics)
+
+    def trial_ended(self, record):
+        self.hear("ended", (record.number,), (record.state, record.value, record.reason))
+
+
+class Dying:
+    """A spool before whose `at`-th call the process is gone; counts on with the storage's writes."""
+
+    def __init__(self, spool, writes, at):
+        self._spool, self._writes, self._at = spool, writes, at
+
+    def __getattr__(self, name):
+        method = getattr(self._spool, name)
+
+        def call(*args):
+            if next(self._writes) == self._at:
+                raise Killed(name)
+            method(*args)
+
+        return call
+
+
+EPOCHS = {0: 3, 1: 2, 2: 3}
+"""Trial 1 is stopped by the scheduler after two epochs."""
+
+
+def train(path, spool, at, checkpoints):
+    """A session of three trials with three epochs each; a trial goes on from the epoch of its checkpoint."""
+    ledger = open_ledger(path, resume=True)
+    writes = killing(ledger.storage, at)
+
+    def suggest(trial):
+        trial.suggest_float("x", 0.0, 1.0)
+        trial.suggest_int("n", 1, 9)
+        return CONFIG
+
+    searcher = LedgerSearcher(
+        ledger,
+        suggest,
+        lambda number, config: Job(f"trial-{number}", config, "/nowhere"),
+        "broker",
+        "val/accuracy",
+        "max",
+        Dying(spool, writes, at),
+        halted=lambda: False,
+        enough=lambda: False,
+    )
+    while len(ledger.ended()) < len(EPOCHS):
+        number = int(searcher.suggest("t")["job"].id.removeprefix("trial-"))
+        for epoch in range(checkpoints.get(number, 0) + 1, EPOCHS[number] + 1):
+            told = result(epoch, number + epoch / 10, state="completed" if epoch == 3 else "running")
+            if epoch == EPOCHS[number]:
+                searcher.on_trial_complete("t", told)
+            else:
+                searcher.on_trial_result("t", told)
+                checkpoints[number] = epoch
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_kill_between_any_two_writes_loses_nothing_and_doubles_nothing(tmp_path, kills):
+    expected = None
+    for at in range(100):
+        path, spool, checkpoints = Place(tmp_path / f"{at}.log"), Spool(), {}
+        open_ledger(path)
+        killed = 0
+        for _ in range(kills):
+            try:
+                train(path, spool, at if at else -1, checkpoints)
+            except Killed:
+                killed += 1
+        train(path, spool, -1, checkpoints)
+        (frozen_0, frozen_1, frozen_2) = frozen_trials(path)
+        assert [frozen_0.state, frozen_1.state, frozen_2.state] == [
+            TrialState.COMPLETE,
+            TrialState.PRUNED,
+            TrialState.COMPLETE,
+        ]
+        for number, frozen in enumerate((frozen_0, frozen_1, frozen_2)):
+            epochs = {epoch: number + epoch / 10 for epoch in range(1, EPOCHS[number] + 1)}
+            assert frozen.intermediate_values == epochs
+            assert spool.kept["started", number] == frozen.params
+            assert {key[2] for key in spool.kept if key[:2] == ("epoch", number)} == set(epochs)
+            state = "pruned" if number == 1 else "completed"
+            assert spool.kept["ended", number][:2] == (state, epochs[EPOCHS[number]])
+            assert frozen.user_attrs["end"]["epochs"] == EPOCHS[number]
+        # What is in the ledger is told to nobody again; a kill repeats one call at most.
+        again = [call for call in set(spool.told) if call[0] != "started" and spool.told.count(call) > 1]
+        assert len(again) <= killed
+        if at == 0:
+            expected = set(spool.kept)
+        assert set(spool.kept) == expected
+        if at and not killed:
+            assert at > 20
+            return
+    raise AssertionError("the search never came to its end")
+
+
+# ----------------------------------------------------------------------------- a damaged journal
+
+
+@pytest.fixture
+def journal(tmp_path):
+    path = Place(tmp_path / "ledger.log")
+    ledger = open_ledger(path)
+    for _ in range(2):
+        trial = ask(ledger)
+        ledger.report(trial, 1, 0.5)
+        ledger.tell(trial, "completed", value=0.5, reason="é\x00")
+    return path
+
+
+def test_a_journal_cut_at_any_byte_is_written_on(journal):
+    whole = journal.journal.read_bytes()
+    ends = [0, *(at + 1 for at, byte in enumerate(whole) if byte == ord("\n"))]
+    for cut in range(0, len(whole), 37):
+        for tail in (b"", b"\0" * 5, b"\0\n", b"{]\n\0"):
+            journal.journal.write_bytes(whole[:cut] + tail)
+            kept = max(end for end in ends if end <= cut)
+            if kept == 0 and b"\n" in tail:
+                continue  # a file without one whole entry is not a journal
+            read = journal.journal.read_bytes()
+            known = open_storage(journal).get_all_studies()
+            assert journal.journal.read_bytes() == read, "who only reads changes nothing"
+            assert len(known) == (kept >= ends[1])
+            ledger = open_ledger(journal, resume=True)
+            assert journal.journal.read_bytes()[:kept] == whole[:kept]
+            ledger.begin(ask(ledger))
+            lines = journal.journal.read_bytes().splitlines()
+            assert all(json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 10, b"{]", b"[]", b'{"op_code": 99}', b'{"op_code": 4}', b"\xff"])
+def test_a_journal_damaged_in_the_middle_is_told_with_its_line(journal, damage):
+    lines = journal.journal.read_bytes().splitlines()
+    lines[2] = damage
+    text = b"\n".join(lines) + b"\n"
+    journal.journal.write_bytes(text)
+    for opening in (lambda: open_ledger(journal, resume=True), lambda: open_storage(journal)):
+        with pytest.raises(InputError) as raised:
+            opening()
+        assert (raised.value.file, raised.value.line) == (str(journal.journal), 3)
+        assert journal.journal.read_bytes() == text
+
+
+def test_a_lock_file_that_optuna_left_behind_costs_no_time(journal):
+    journal.journal.with_name("ledger.log.lock").symlink_to(journal.journal)
+    ledger = open_ledger(journal, resume=True)
+    ledger.tell(ask(ledger), "failed")  # Optuna's own backend would wait for half a minute
+    assert len(ledger.records()) == 3
+
+
+def test_a_journal_that_cannot_be_written_is_said_and_stays_whole(journal, monkeypatch):
+    ledger = open_ledger(journal, resume=True)
+    trial = ask(ledger)
+    ledger.begin(trial)
+    whole = journal.journal.read_bytes()
+    with monkeypatch.context() as context:
+
+        def full(number):
+            raise OSError(28, "No space left on device")
+
+        context.setattr("os.fsync", full)
+        with pytest.raises(LedgerLost, match=r"ledger\.log can't be written to: .*No space left"):
+            ledger.report(trial, 1, 0.5)
+    assert journal.journal.read_bytes() == whole
+    with pytest.raises(LedgerLost, match="No space left"):
+        ledger.tell(trial, "failed")  # from then on nothing more is written
+    resumed = open_ledger(journal, resume=True)
+    assert resumed.report(ask(resumed), 1, 0.5)
+    assert open_ledger(journal, resume=True).epochs()[2] == {1: 0.5}
+
+
+def test_a_database_that_comes_back_is_written_to_once(postgresql, postgresql_server, tmp_path, monkeypatch):
+    place = Place(tmp_path / "ledger.log", postgresql)
+    ledger = open_ledger(place)
+    trial = ask(ledger)
+    ledger.begin(trial)
+    postgresql_server.stop()
+    waits = []
+
+    def back(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            postgresql_server.start()
+
+    monkeypatch.setattr("hiertune.search.ledger.time.sleep", back)
+    try:
+        assert ledger.report(trial, 1, 0.5)
+        ledger.begin(ask(ledger))
+    finally:
+        if len(waits) < 2:
+            postgresql_server.start()
+    ledger.tell(trial, "completed", value=0.5)
+    assert [record.state for record in open_ledger(place, resume=True).records()] == ["completed", "running"]
+    assert open_ledger(place, resume=True).epochs() == {0: {1: 0.5}, 1: {}}
+
+
+def test_a_database_that_never_comes_back_ends_it(postgresql, postgresql_server, tmp_path, monkeypatch):
+    ledger = open_ledger(Place(tmp_path / "ledger.log", postgresql))
+    trial = ask(ledger)
+    ledger.begin(trial)
+    waits = []
+    monkeypatch.setattr("hiertune.search.ledger.time.sleep", waits.append)
+    postgresql_server.stop()
+    try:
+        with pytest.raises(
+            LedgerLost, match=r"postgresql\+psycopg://hiertune@.* can't be written to: "
+        ) as raised:
+            ledger.report(trial, 1, 0.5)
+    finally:
+        postgresql_server.start()
+    assert "s3cret" not in str(raised.value)
+    assert ledger.lost == str(raised.value)
+    assert 30 < sum(waits) < 120

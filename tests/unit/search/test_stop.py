@@ -19,7 +19,8 @@ TRIALS = "trial,state\n0,completed\n1,completed\n2,pruned\n3,interrupted\n"
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = RunFolder(tmp_path / "runs" / "it")
-    folder.create("name: it\n")
+    folder.root.mkdir(parents=True)
+    folder.space.write_text("name: it\n")
     write_command(folder, "hiertune search it.yaml --resume --trials 8")
     return folder
 

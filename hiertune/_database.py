@@ -1,0 +1,194 @@
+"""Where a ledger is: a journal in the run folder, or a database, whose password no file may hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hiertune.errors import InputError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+VARIABLE = "HIERTUNE_LEDGER"
+CONNECT_SECONDS = 5
+"""How long a database may take to answer a new connection."""
+
+_SECRETS = ("password", "passwd", "pwd", "passphrase", "sslpassword")
+_FORM = "DATABASE+DRIVER://USER@HOST:PORT/NAME, such as postgresql+psycopg://me@localhost/searches"
+_INSTEAD = f"an address without it; PGPASSWORD, ~/.pgpass or {VARIABLE} may hold one"
+_TIMEOUTS = {
+    "psycopg": "connect_timeout",
+    "psycopg2": "connect_timeout",
+    "mysqldb": "connect_timeout",
+    "pymysql": "connect_timeout",
+    "pg8000": "timeout",
+    "pysqlite": "timeout",
+}
+
+
+def ledger_url(setting: str | None) -> str | None:
+    """The database that `ledger:` names, else the one of HIERTUNE_LEDGER; None for a journal file.
+
+    InputError for what is no address, for a password in `setting`, and for a driver that is missing.
+    """
+    text, key = (setting, "ledger") if setting else (os.environ.get(VARIABLE), VARIABLE)
+    if not text:
+        return None
+    url = _parsed(text, key)
+    if key == "ledger" and (url.password is not None or _secrets(url)):
+        problem = f"{display_ledger(text)!r} holds a password: a space file is shown and copied"
+        raise InputError(problem, key=key, allowed=_INSTEAD)
+    try:
+        url.get_dialect().import_dbapi()
+    except ImportError as error:
+        problem = f"{display_ledger(text)!r}: its driver is missing ({error})"
+        raise InputError(problem, key=key, allowed=_driver_hint(url)) from None
+    except Exception as error:  # noqa: BLE001  a dialect that SQLAlchemy doesn't know, or that is broken
+        problem = f"{display_ledger(text)!r}: {error}"
+        raise InputError(problem, key=key, allowed=_FORM) from None
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        problem = f"{display_ledger(text)!r} names no file"
+        raise InputError(problem, key=key, allowed="sqlite:////folder/ledger.db")
+    return text
+
+
+def display_ledger(url: str) -> str:
+    """`url` without its password, for messages, logs and files."""
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = _parse(url)
+    except (ArgumentError, ValueError):
+        return "***"  # whatever it is, it may hold one
+    parsed = parsed.update_query_dict(dict.fromkeys(_secrets(parsed), "***"))
+    return parsed.render_as_string(hide_password=True)
+
+
+def connect_arguments(url: str) -> dict[str, Any]:
+    """Arguments for SQLAlchemy's `create_engine`: give up soon, and mend a connection that was lost."""
+    timeout = _TIMEOUTS.get(_parse(url).get_dialect().driver)
+    return {
+        "pool_pre_ping": True,
+        "connect_args": {timeout: CONNECT_SECONDS} if timeout else {},
+    }
+
+
+def check_reachable(url: str) -> None:
+    """InputError unless the database answers."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(_parse(url), **connect_arguments(url))
+    try:
+        with engine.connect():
+            pass
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise unreachable(url, error) from None
+    finally:
+        engine.dispose()
+
+
+def unreachable(url: str, error: Exception) -> InputError:
+    """What to say when a database does not answer; the driver's words, without the password."""
+    cause = getattr(error, "orig", None) or error.__cause__ or error
+    words = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    password = _parse(url).password
+    if password:
+        words = words.replace(password, "***")
+    problem = f"{display_ledger(url)!r} can't be used: {words[:300] or type(cause).__name__}"
+    return InputError(problem, key="ledger", allowed="a database that is up, and that this user may write to")
+
+
+def _parse(text: str) -> URL:
+    from sqlalchemy.engine import make_url
+
+    return make_url(text)
+
+
+def _parsed(text: str, key: str) -> URL:
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return _parse(text)
+    except (ArgumentError, ValueError):  # their messages quote the text, which may hold a password
+        raise InputError("is not the address of a database", key=key, allowed=_FORM) from None
+
+
+def _secrets(url: URL) -> list[str]:
+    return [name for name in url.query if name.lower() in _SECRETS]
+
+
+def _driver_hint(url: URL) -> str:
+    if url.get_backend_name() == "postgresql":
+        return "postgresql+psycopg://..., after `pip install 'hiertune[postgresql]'`"
+    return "an address whose driver is installed"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ledger of a run folder is: its journal, or a database."""
+
+    journal: Path
+    """The file, if it is no database."""
+    url: str | None = field(default=None, repr=False)
+    """Of a database; may hold a password."""
+
+    @property
+    def pointer(self) -> Path:
+        """File that says which search of a database is this folder's."""
+        return self.journal.with_suffix(".json")
+
+    def __str__(self) -> str:
+        return str(self.journal) if self.url is None else display_ledger(self.url)
+
+    @property
+    def uid(self) -> str | None:
+        """Of the search that the pointer names."""
+        return None if (pointer := _read_pointer(self.pointer)) is None else pointer["uid"]
+
+    def point(self, uid: str) -> None:
+        """Write the pointer, once the search is in the database."""
+        assert self.url is not None
+        text = json.dumps({"ledger": display_ledger(self.url), "uid": uid}, indent=2)
+        temporary = self.pointer.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.pointer)
+
+
+def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
+    """The ledger of a run folder that is there. `url` is the database that is set, if any.
+
+    A folder with a journal keeps to it; one that was begun on a database needs its address.
+
+    Args:
+        given: `url` stands in the space file, not in the environment: then it must not differ.
+    """
+    place = Place(journal, url)
+    if journal.exists():
+        if url is not None and given:
+            raise InputError(
+                f"{display_ledger(url)!r} is not the ledger of this search: that is {place.journal}",
+                key="ledger",
+                allowed="the setting that it was begun with, or another name",
+            )
+        return Place(journal)
+    if url is None and (pointer := _read_pointer(place.pointer)) is not None:
+        raise InputError(
+            f"the ledger of this search is the database {pointer['ledger']}",
+            file=place.pointer,
+            allowed="its address as `ledger:` in the space file, or in HIERTUNE_LEDGER",
+        )
+    return place
+
+
+def _read_pointer(path: Path) -> dict[str, str] | None:
+    try:
+        pointer = json.loads(path.read_text("utf-8"))
+        return {key: str(pointer[key]) for key in ("ledger", "uid")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is damaged ({type(error).__name__})", file=path) from None
