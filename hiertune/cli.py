@@ -54,6 +54,9 @@ def search(
     name: Annotated[str | None, typer.Option(help="Name of the search, instead of the file's.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the file's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of that name.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the search of that name, or begin it.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the space; start nothing.")
     ] = False,
@@ -61,7 +64,7 @@ def search(
     """Search a space: train many settings, prove which win, keep the best model."""
     from hiertune.search.plan import plan_search
 
-    plan = plan_search(space, runs, name=name, trials=trials, resume=resume)
+    plan = plan_search(space, runs, name=name, trials=trials, resume=None if go_on else resume)
     console = Console()
     for text in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
@@ -73,7 +76,7 @@ def search(
     with console.status("loading Ray, Tune and Optuna"):
         from hiertune.search.driver import SearchFailed, SearchInterrupted, run_search
     try:
-        run_search(plan, console)
+        run_search(plan, console, _anew())
     except SearchFailed as error:
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
@@ -87,6 +90,12 @@ def search(
         again = resume_command(plan, trials)
         console.print(f"interrupted; go on with:\n  {escape(again)}", highlight=False, soft_wrap=True)
         sys.exit(130)
+
+
+def _anew() -> list[str]:
+    """This very command, to go on with the search that it has begun."""
+    resumes = {"--resume", "--continue"} & set(sys.orig_argv)
+    return [sys.executable, *sys.orig_argv[1:], *([] if resumes else ["--resume"])]
 
 
 @app.command()

@@ -20,17 +20,18 @@ from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
 from hiertune.report import write_report
 from hiertune.search import cluster
-from hiertune.search.capacity import GroupShape, groups_that_fit
+from hiertune.search.capacity import GroupShape
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord
+from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
-from hiertune.search.results import delivery_line, print_results
+from hiertune.search.results import delivery_line, print_results, resume_command
 from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.strategies import build_sampler, build_scheduler
 from hiertune.search.summary import summarise
@@ -52,8 +53,10 @@ class SearchInterrupted(Exception):
     """The user stopped the search. It can be resumed."""
 
 
-def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
+def run_search(plan: SearchPlan, console: Console, command: list[str] | None = None) -> dict[str, Any]:
     """Run or resume a search, measure its winner, and write `runs/<name>/`. Returns the summary.
+
+    `command` begins this process anew where Ray dies under it; without one the process then ends.
 
     Raises:
         SearchFailed: workers could not be started, or no trial came to an end.
@@ -82,9 +85,17 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
         checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
-        listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
+        lifeline = Lifeline(command, resume_command(plan, plan.trials), cluster.own_ray())
+        listeners = Listeners(
+            [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
+        )
         with _tracked(plan, tracker):
-            with display, _cluster(display), _pool(plan) as pool:
+            remaining = plan.trials - len(ledger.ended())
+            with (
+                display,
+                _cluster(plan, display, lifeline),
+                _pool(plan, remaining, display, lifeline) as pool,
+            ):
                 display.resumed(ledger.ended())
                 best = _find_best(plan, ledger, pool, listeners, tracker)
                 config = plan.space.resolve(best.params)
@@ -131,23 +142,36 @@ def _tracked(plan: SearchPlan, tracker: Tracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cluster(display: Display) -> Iterator[None]:
-    display.say("starting Ray")
-    cluster.connect()
+def _cluster(plan: SearchPlan, display: Display, lifeline: Lifeline) -> Iterator[None]:
+    display.say("starting Ray" if cluster.own_ray() else "joining the Ray cluster")
     try:
+        cluster.connect(plan.config.search.wait_for_nodes if attempt() else 0.0)
+        lifeline.watch()
         yield
+    except cluster.Unreachable as error:
+        raise SearchFailed(str(error)) from error
+    except Exception:
+        lifeline.check()
+        raise
     finally:
+        lifeline.close()
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def _pool(plan: SearchPlan) -> Iterator[WorkerPool]:
+def _pool(plan: SearchPlan, remaining: int, display: Display, lifeline: Lifeline) -> Iterator[WorkerPool]:
     search = plan.config.search
-    nodes = cluster.node_resources()
-    shape = GroupShape.of(search, nodes)
-    fit = groups_that_fit(shape, nodes)
-    size = min(search.max_concurrent or fit, fit, plan.trials)
-    with WorkerPool(size, shape, plan.folder.ray, search.worker_group.recycle_after) as pool:
+    shape = GroupShape.of(search, cluster.node_resources())
+    work = max(remaining, 2 if search.controls else 1)
+    with WorkerPool(
+        min(search.max_concurrent or work, work),
+        shape,
+        plan.folder.ray,
+        search.worker_group.recycle_after,
+        wait_for_nodes=search.wait_for_nodes,
+        say=display.say,
+        lifeline=lifeline,
+    ) as pool:
         yield pool
 
 
@@ -211,17 +235,18 @@ def _run_trials(
         plan.mode,
         listeners,
         interrupted=lambda: interruption.asked,
+        groups=lambda: pool.size,
+        check=pool.check,
     )
     tune.Tuner(
-        # The worker groups hold the CPUs and GPUs. Tune insists on a request: one byte of memory.
-        tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
+        # The worker groups hold the CPUs and GPUs; trial actors only ask to be where the driver is.
+        tune.with_resources(TrialActor, tune.PlacementGroupFactory([cluster.this_node()])),
         tune_config=tune.TuneConfig(
             metric=plan.metric,
             mode=plan.mode,
             search_alg=searcher,
             scheduler=build_scheduler(search.scheduler, plan.space.max_epochs),
             num_samples=remaining,
-            max_concurrent_trials=pool.size,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -35,6 +35,11 @@ class RunFolder:
         """Validation logits of a trial; they stay only of the best one."""
         return self.trial(number) / "val_logits.safetensors"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a search to go on with. What was killed before its ledger is none."""
+        return self.ledger.exists()
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already."""
         if self.root.exists():
@@ -46,7 +51,7 @@ class RunFolder:
 
     def require_existing(self) -> None:
         """InputError when there is no search of this name to resume."""
-        if not self.ledger.exists():
+        if not self.begun:
             raise InputError(
                 f"there is no search to resume in {self.root}",
                 key="name",
@@ -54,7 +59,7 @@ class RunFolder:
             )
 
     def create(self, space_text: str) -> None:
-        self.root.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         self.space.write_text(space_text, encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ class SearchPlan:
 
 
 def plan_search(
-    file: Path, runs: Path, *, name: str | None = None, trials: int | None = None, resume: bool = False
+    file: Path, runs: Path, *, name: str | None = None, trials: int | None = None, resume: bool | None = False
 ) -> SearchPlan:
     """Read and check a space file with all that it refers to.
 
@@ -65,7 +65,7 @@ def plan_search(
         runs: folder in which `<name>/` is made.
         name: instead of the file's own.
         trials: instead of the file's own; with `resume`, the number to extend to.
-        resume: go on with the search of that name.
+        resume: go on with the search of that name; None: if it was begun.
 
     Raises:
         InputError: for anything that would keep the search from running.
@@ -75,11 +75,13 @@ def plan_search(
     if name is not None:
         config = _renamed(config, name)
     folder = RunFolder(runs.resolve() / config.name)
+    if resume is None:
+        resume = folder.begun
+    elif not resume:
+        folder.require_new()
     if resume:
         folder.require_existing()
         _check_same_space(folder.space, space)
-    else:
-        folder.require_new()
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
         check_uri(uri)

@@ -7,6 +7,7 @@ which misleads the sampler, and leaves failed ones RUNNING for ever.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ class LedgerSearcher(Searcher):
         metric: the objective.
         limit: number of trials after which the search is finished.
         interrupted: while it says True, trials that Tune stops stay open in the ledger.
+        groups: how many worker groups there are at present; no more trials than that are live.
+        check: does not return where a trial actor died because Ray is lost.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class LedgerSearcher(Searcher):
         mode: str,
         listener: Listener,
         interrupted: Callable[[], bool],
+        groups: Callable[[], int] = lambda: sys.maxsize,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._ledger = ledger
@@ -53,12 +58,16 @@ class LedgerSearcher(Searcher):
         self._broker = broker
         self._listener = listener
         self._interrupted = interrupted
+        self._groups = groups
+        self._check = check
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
 
-    def suggest(self, trial_id: str) -> dict | str:  # type: ignore[override]  # FINISHED is a str
+    def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
         if self._interrupted():
             return Searcher.FINISHED
+        if len(self._live) >= self._groups():
+            return None  # not now
         trial = self._ledger.next_trial()
         config = self._suggest(trial)
         self._ledger.begin(trial)
@@ -71,6 +80,8 @@ class LedgerSearcher(Searcher):
         self._report(self._live[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if error:
+            self._check()
         trial = self._live.pop(trial_id)
         result = result or {}
         state, reason = _verdict(result, error)
