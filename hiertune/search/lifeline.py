@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, RayError
 
 from hiertune.config import TrialConfig
 from hiertune.search.ledger import TrialRecord
@@ -135,11 +135,11 @@ class Lifeline:
             return
         try:
             ray.get(broker.generation_count.remote(), timeout=10.0)
-        except GetTimeoutError:
-            return  # it is busy, or what it runs on is lost: the other look tells
         except ActorDiedError:
             if self._broker is not None:
                 self._leave("the actor that hands out the trials died")
+        except RayError:
+            return  # it is busy, or what it runs on is lost: the other look tells
 
     def _leave(self, reason: str) -> None:
         self._leaving.acquire()  # for good: one thread leaves for all

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from machines import WHY_NOT, MachineRoom, inner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-several_machines = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SPACE = """
 name: small
@@ -38,7 +38,9 @@ def write_space(tmp_path, data_file):
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
+def room(tmp_path_factory, machines):
+    if machines.WHY_NOT:
+        pytest.skip(machines.WHY_NOT)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))},
@@ -46,7 +48,7 @@ def room(tmp_path_factory):
         "COLUMNS": "200",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # how soon a group without room is closed
     }
-    with MachineRoom(tmp_path_factory.mktemp("room"), environment) as room:
+    with machines.MachineRoom(tmp_path_factory.mktemp("room"), environment) as room:
         yield room
 
 
@@ -77,7 +79,8 @@ def node(room, head):
 class Search:
     """`hiertune search` on a machine."""
 
-    def __init__(self, room, head, machine, folder, *args):
+    def __init__(self, machines, room, head, machine, folder, *args):
+        self._pid_of = machines.inner
         self.run = folder / "runs" / "small"
         self._output = folder / "output"
         command = [sys.executable, "-m", "hiertune", "search", "space.yaml", *args]
@@ -95,7 +98,7 @@ class Search:
         return self._output.read_text()
 
     def signal(self, number):
-        os.kill(inner(self.process), number)
+        os.kill(self._pid_of(self.process), number)
 
     def wait_for(self, condition, timeout_s=240):
         deadline = time.monotonic() + timeout_s
@@ -124,11 +127,11 @@ class Search:
 
 
 @pytest.fixture
-def search(room, head, tmp_path):
+def search(machines, room, head, tmp_path):
     started = []
 
     def start(machine, *args):
-        started.append(Search(room, head, machine, tmp_path, *args))
+        started.append(Search(machines, room, head, machine, tmp_path, *args))
         return started[-1]
 
     yield start
@@ -173,7 +176,6 @@ print(json.dumps({"metrics": ending.outcome.metrics, "workers": workers, "others
 """
 
 
-@several_machines
 def test_a_group_is_packed_or_spread_and_computes_the_same(room, head, node, data_file, tmp_path):
     node(2), node(2)
     found = {}
@@ -196,7 +198,6 @@ def test_a_group_is_packed_or_spread_and_computes_the_same(room, head, node, dat
     assert found["spread"]["metrics"] == found["pack"]["metrics"]
 
 
-@several_machines
 def test_nodes_go_and_come_in_the_middle_of_a_search(head, node, search, write_space):
     first, second = node(), node()
     write_space(trials=5, epochs=150)
@@ -216,7 +217,6 @@ def test_nodes_go_and_come_in_the_middle_of_a_search(head, node, search, write_s
         assert running.epochs(trial) == list(range(1, 151)), "each epoch is told once"
 
 
-@several_machines
 def test_the_driver_moves_to_another_machine(node, search, write_space):
     first, second = node(), node()
     write_space(trials=3, epochs=100)
@@ -229,7 +229,6 @@ def test_the_driver_moves_to_another_machine(node, search, write_space):
     assert [row["state"] for row in moved.trials()] == ["completed"] * 3
 
 
-@several_machines
 def test_a_driver_whose_own_node_dies_waits_for_it_and_goes_on(node, head, search, write_space):
     own, other = node(), node()
     write_space(trials=3, epochs=100)
@@ -279,7 +278,6 @@ def test_a_search_outlives_its_ray(start_hiertune, write_space, tmp_path, parts_
         assert [row["state"] for row in csv.DictReader(file)] == ["completed"] * 3
 
 
-@several_machines
 def test_a_job_is_submitted_stopped_and_submitted_again(room, head, node, write_space, tmp_path):
     node()
     space = write_space(trials=3, epochs=200)
