@@ -85,7 +85,7 @@ def run_search(plan: SearchPlan, console: Console, command: list[str] | None = N
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
         checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
-        lifeline = Lifeline(command, resume_command(plan, plan.trials), cluster.own_ray())
+        lifeline = Lifeline(command, resume_command(plan), cluster.own_ray())
         listeners = Listeners(
             [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
         )

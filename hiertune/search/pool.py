@@ -48,7 +48,7 @@ class WorkerPool:
         storage: folder of Ray Train's own files.
         recycle_after: jobs after which a group is replaced.
         wait_for_nodes: seconds without room for one group, after which the search is stopped.
-        say: tells the user what the pool waits for; "" that it goes on.
+        say: tells the user what the pool waits for.
         lifeline: tells a lost Ray from a lost group.
     """
 
@@ -142,7 +142,7 @@ class WorkerPool:
             if self.size:
                 self._room_since = time.monotonic()
                 if waiting:
-                    self._tell("")
+                    self._tell("there are nodes again")
             elif not waiting:
                 self._tell(
                     f"waiting for nodes: {self._shape.shortage(cluster.node_resources())} (for up to "
@@ -162,7 +162,7 @@ class WorkerPool:
         cluster.ask_for(self._shape, 0)
 
     def _tell(self, text: str) -> None:
-        logger.warning("%s", text or "there are nodes again")
+        logger.warning("%s", text)
         self._say(text)
 
     def _stop_search(self) -> None:

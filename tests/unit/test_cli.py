@@ -12,6 +12,7 @@ import pytest
 from hiertune import Taxonomy
 from hiertune.cli import main
 from hiertune.data import write_dataset
+from hiertune.search.plan import plan_search
 
 GOOD = """name: it
 data: {path: data.h5}
@@ -75,6 +76,11 @@ BAD_SPACES = {
         "search: {",
         "search: {workers_per_trial: 4000, ",
         "a trial needs 4000 workers x 1 CPU = 4000 CPU",
+    ),
+    "a share of two GPUs": (
+        "search: {",
+        "search: {gpus_per_worker: 1.5, ",
+        "space.yaml:6: search.gpus_per_worker: 1.5: a share of a GPU is below 1",
     ),
     "syntax error": ("{kind: linear}}", "{kind: linear}", "space.yaml:"),
     "duplicate key": ("name: it", "name: it\nname: again", "space.yaml:2: name:"),
@@ -292,3 +298,15 @@ def test_the_handler_of_sigterm_is_put_back(folder, capsys):
     done(capsys, "data", "describe", "data.h5")
     refused(capsys, "data", "describe", "none.h5")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_continue_begins_a_search_or_goes_on_with_it(folder):
+    space, runs = folder / "space.yaml", folder / "runs"
+    plan = plan_search(space, runs, resume=None)
+    assert not plan.resume
+    plan.folder.create(plan.space.text)  # killed here, it has not begun
+    again = plan_search(space, runs, resume=None)
+    assert not again.resume
+    again.folder.create(again.space.text)
+    again.folder.ledger.touch()
+    assert plan_search(space, runs, resume=None).resume
