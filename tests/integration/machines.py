@@ -7,7 +7,6 @@ see, and one signal ends all that runs in it, as a power cut does. Where the tes
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -68,8 +67,8 @@ class Machine:
         enter = ["nsenter", f"--target={self._init}", "--net", "--pid", "--mount", "--"]
         return subprocess.run([*enter, *map(str, command)], check=False, text=True, **options)
 
-    def start_ray(self, cpus: int, head: Machine | None = None, resources: dict | None = None) -> None:
-        """Its Ray node: the cluster's head, or one that joins it."""
+    def start_ray(self, cpus: int, head: Machine | None = None, gpus: int = 0) -> None:
+        """Its Ray node: the cluster's head, or one that joins it. Of GPUs Ray only counts how many it has."""
         where = ["--head", "--port=6379"] if head is None else [f"--address={head.address}:6379"]
         done = self.run(
             [
@@ -78,7 +77,7 @@ class Machine:
                 *where,
                 f"--node-ip-address={self.address}",
                 f"--num-cpus={cpus}",
-                f"--resources={json.dumps(resources or {})}",
+                f"--num-gpus={gpus}",
                 "--object-store-memory=80000000",
                 "--dashboard-host=127.0.0.1",
                 f"--temp-dir={self.room.folder}/ray-{self.address}",

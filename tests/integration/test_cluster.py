@@ -65,9 +65,9 @@ def node(room, head):
     """`node(cpus)`: a machine that joins the cluster; it is switched off after the test."""
     machines = []
 
-    def add(cpus=1):
+    def add(cpus=1, gpus=0):
         machine = room.machine()
-        machine.start_ray(cpus, head)
+        machine.start_ray(cpus, head, gpus)
         machines.append(machine)
         return machine
 
@@ -196,6 +196,45 @@ def test_a_group_is_packed_or_spread_and_computes_the_same(room, head, node, dat
         assert each["here"] not in each["workers"]
     # Over two nodes gloo talks by their interfaces: the host name of these machines is that of the loopback.
     assert found["spread"]["metrics"] == found["pack"]["metrics"]
+
+
+AS_RAY_PLACES = """
+import itertools, json, sys
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from hiertune.search import cluster
+from hiertune.search.capacity import GroupShape
+
+ray.init(log_to_driver=False)
+found = []
+for workers, (cpus, gpus), placement in itertools.product(
+    (1, 2, 3), ((1.0, 0.0), (2.0, 0.0), (0.5, 0.4), (1.0, 1.0), (0.5, 2.0)), ("pack", "spread")
+):
+    shape, groups = GroupShape(workers, cpus, gpus, placement), []
+    while True:
+        groups.append(placement_group([shape.per_worker] * workers, strategy=placement.upper()))
+        if not groups[-1].wait(1.5):
+            break
+    found.append((str(shape), shape.fit(cluster.node_resources()), len(groups) - 1))
+    for group in groups:
+        remove_placement_group(group)
+print(json.dumps(found))
+"""
+
+
+def test_as_many_groups_fit_as_ray_places(room, head, node):
+    node(3, gpus=2), node(2, gpus=1)
+    done = head.run(
+        [sys.executable, "-c", AS_RAY_PLACES],
+        env=room.environment | {"RAY_ADDRESS": f"{head.address}:6379"},
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 30
+    for shape, fit, placed in found:
+        assert fit == placed, shape
 
 
 def test_nodes_go_and_come_in_the_middle_of_a_search(head, node, search, write_space):
