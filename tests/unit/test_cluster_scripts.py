@@ -169,6 +169,7 @@ STAND_INS = {
     "python": """
         [ "$1" = -c ] && exec REAL_PYTHON "$@"
         echo "python $* at $RAY_ADDRESS" >>"$LOG/search"
+        until [ "$(grep -c '^ray start' "$LOG/ray")" = 2 ]; do sleep 0.1; done
         [ -z "${STOPS:-}" ] && exit 3
         trap 'echo in order; exit 130' TERM
         kill -TERM $STOPS_PARENT; while :; do sleep 0.1; done""",
