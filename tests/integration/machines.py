@@ -57,6 +57,10 @@ class Machine:
         self._holder = subprocess.Popen([*_UNSHARE, *_INIT], stderr=subprocess.DEVNULL)
         self._init = _only_child(self._holder.pid)
         room.plug_in(self._init, number, self.address)
+        # Ray's files are the machine's own, under one path on all machines.
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        done = self.run(["mount", "-t", "tmpfs", "ray", "/tmp/ray"], capture_output=True)
+        assert done.returncode == 0, done.stderr
 
     def start(self, command: list[str], **options) -> subprocess.Popen:
         """A process on this machine. A signal to it must go to `inner(process)`."""
@@ -80,7 +84,6 @@ class Machine:
                 f"--num-gpus={gpus}",
                 "--object-store-memory=80000000",
                 "--dashboard-host=127.0.0.1",
-                f"--temp-dir={self.room.folder}/ray-{self.address}",
                 "--disable-usage-stats",
             ],
             env=self.room.environment,
