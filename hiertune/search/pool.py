@@ -135,10 +135,11 @@ class WorkerPool:
 
     def _watch(self) -> None:
         """The pool's own thread: as many groups as there is room for, until the pool closes."""
-        cluster.ask_for(self._shape, self._most)
         waiting = False
         while True:
             self.size = self._fit()
+            if self.size < self._most:
+                cluster.ask_for(self._shape, self._most)  # again: Ray Train's own requests replace it
             if self.size:
                 self._room_since = time.monotonic()
                 if waiting:
