@@ -62,14 +62,20 @@ class Machine:
         done = self.run(["mount", "-t", "tmpfs", "ray", "/tmp/ray"], capture_output=True)
         assert done.returncode == 0, done.stderr
 
-    def start(self, command: list[str], **options) -> subprocess.Popen:
+    def start(self, command: list[str], cwd: Path, **options) -> subprocess.Popen:
         """A process on this machine. A signal to it must go to `inner(process)`."""
-        enter = ["nsenter", f"--target={self._init}", "--net", "--pid", "--mount", "--"]
-        return subprocess.Popen([*enter, *map(str, command)], **options)
+        return subprocess.Popen([*self._enter(cwd), *map(str, command)], **options)
 
     def run(self, command: list[str], **options) -> subprocess.CompletedProcess:
-        enter = ["nsenter", f"--target={self._init}", "--net", "--pid", "--mount", "--"]
-        return subprocess.run([*enter, *map(str, command)], check=False, text=True, **options)
+        """A command on this machine, in its root folder."""
+        return subprocess.run(
+            [*self._enter(Path("/")), *map(str, command)], check=False, text=True, **options
+        )
+
+    def _enter(self, folder: Path) -> list[str]:
+        """Who enters another file system tree leaves its working folder."""
+        enter = ["nsenter", f"--target={self._init}", "--net", "--pid", "--mount"]
+        return [*enter, "--", "env", f"--chdir={folder}"]
 
     def start_ray(self, cpus: int, head: Machine | None = None, gpus: int = 0) -> None:
         """Its Ray node: the cluster's head, or one that joins it. Of GPUs Ray only counts how many it has."""

@@ -153,6 +153,12 @@ def _name(process):
         return ""
 
 
+def answer(done):
+    """What a script printed, between Ray's own lines."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[[", '{"')))
+
+
 ONE_GROUP = """
 import json, sys
 import ray
@@ -186,8 +192,7 @@ def test_a_group_is_packed_or_spread_and_computes_the_same(room, head, node, dat
             capture_output=True,
             timeout=240,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[placement] = json.loads(done.stdout.splitlines()[-1])
+        found[placement] = answer(done)
     assert [len(set(each["workers"])) for each in found.values()] == [1, 2]
     for each in found.values():
         assert each["others"] == [each["here"]] * 2, (
@@ -232,8 +237,7 @@ def test_as_many_groups_fit_as_ray_places(room, head, node):
         capture_output=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = answer(done)
     assert len(found) == 20
     for shape, fit, placed in found:
         assert fit == placed, shape
