@@ -66,6 +66,9 @@ def search(
         typer.Option("--time-budget", help="Wall time for the trials (90m, 12h, 2d), instead of the file's."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search of that name.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the search of that name, or begin it.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the space; start nothing.")
     ] = False,
@@ -78,7 +81,14 @@ def search(
         try:
             from hiertune.search.plan import plan_search
 
-            plan = plan_search(space, runs, name=name, trials=trials, time_budget=time_budget, resume=resume)
+            plan = plan_search(
+                space,
+                runs,
+                name=name,
+                trials=trials,
+                time_budget=time_budget,
+                resume=None if go_on else resume,
+            )
             for text in plan.warnings:
                 console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
             if dry_run:
@@ -100,7 +110,7 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     with console.status("loading Ray, Tune and Optuna"):
         from hiertune.search.driver import SearchFailed, run_search
     try:
-        run_search(plan, console, interruption)
+        run_search(plan, console, interruption, _anew())
     except SearchFailed as error:
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
@@ -120,6 +130,12 @@ def stop(
     from hiertune.search.stop import stop_search
 
     stop_search(runs, name, now, Console())
+
+
+def _anew() -> list[str]:
+    """This very command, to go on with the search that it has begun."""
+    resumes = {"--resume", "--continue"} & set(sys.orig_argv)
+    return [sys.executable, *sys.orig_argv[1:], *([] if resumes else ["--resume"])]
 
 
 @app.command()

@@ -684,7 +684,11 @@ class SearchSection(Config):
     placement: Literal["pack", "spread"] = "pack"
     """The workers of a trial on as few nodes as possible, or on as many."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; by default as many worker groups as the cluster can hold."""
+    """Trials at a time; by default as many worker groups as the cluster can hold. A cluster that scales
+    itself is asked for room for so many; by default for as many as there are trials."""
+    wait_for_nodes: Duration = 600.0
+    """How long a search waits while the cluster has no room for one worker group, or is away; then it stops,
+    and can be resumed."""
     refit: bool = True
     """Train the winner once more on train + validation before the test split is read."""
     controls: bool = True
@@ -692,6 +696,13 @@ class SearchSection(Config):
     decode: bool = True
     """After the search, choose how the winner's logits are turned into names, on validation logits."""
     worker_group: WorkerGroupConfig = WorkerGroupConfig()
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("a share of a GPU is below 1; more than one GPU must be a whole number")
+        return gpus
 
 
 class TrackingConfig(Config):

@@ -24,11 +24,12 @@ from hiertune.decoding import CRM
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
-from hiertune.search.capacity import GroupShape, groups_that_fit
+from hiertune.search.capacity import GroupShape
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, TrialRecord
+from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
@@ -67,9 +68,14 @@ class SearchFailed(Exception):
 
 
 def run_search(
-    plan: SearchPlan, console: Console, interruption: Interruption | None = None
+    plan: SearchPlan,
+    console: Console,
+    interruption: Interruption | None = None,
+    command: list[str] | None = None,
 ) -> dict[str, Any]:
     """Run or resume a search, measure its winner, and write `runs/<name>/`. Returns the summary.
+
+    `command` begins this process anew where Ray dies under it; without one the process then ends.
 
     Raises:
         SearchFailed: workers could not be started, or no trial came to an end.
@@ -110,11 +116,18 @@ def run_search(
         )
         known = [record for record in ledger.records() if record.state != "running"]
         checkpoints = Checkpoints(folder, plan.mode, known)
-        listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
+        lifeline = Lifeline(command, again, cluster.own_ray(), lambda: interruption.asked)
+        listeners = Listeners(
+            [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
+        )
         if plan.resume:
             display.note(f"resuming {plan.config.name}: {progress_line(ledger.records(), plan.trials)}")
         with _tracked(plan, tracker, interruption, console):
-            with display, _cluster(display, interruption), _pool(plan) as pool:
+            with (
+                display,
+                _cluster(plan, display, lifeline, interruption),
+                _pool(plan, ledger, display, lifeline) as pool,
+            ):
                 display.resumed(ledger.ended())
                 if _has_trials_left(ledger, budget):
                     _run_all(plan, ledger, pool, budget, listeners, display, tracker, interruption)
@@ -198,18 +211,27 @@ def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> 
 
 
 @contextlib.contextmanager
-def _cluster(display: Display, interruption: Interruption) -> Iterator[None]:
-    display.say("starting Ray")
+def _cluster(
+    plan: SearchPlan, display: Display, lifeline: Lifeline, interruption: Interruption
+) -> Iterator[None]:
+    display.say("starting Ray" if cluster.own_ray() else "joining the Ray cluster")
     try:
-        _connect(interruption)
+        _connect(plan, interruption)
+        lifeline.watch()
         yield
+    except cluster.Unreachable as error:
+        raise SearchFailed(str(error)) from error
+    except Exception:
+        lifeline.check()
+        raise
     finally:
+        lifeline.close()
         ray.shutdown()
 
 
-def _connect(interruption: Interruption) -> None:
+def _connect(plan: SearchPlan, interruption: Interruption) -> None:
     try:
-        cluster.connect()
+        cluster.connect(plan.config.search.wait_for_nodes if attempt() else 0.0)
     except SystemExit:  # so Ray itself answers SIGTERM while it starts
         interruption.install()
         signal.raise_signal(signal.SIGTERM)
@@ -217,13 +239,19 @@ def _connect(interruption: Interruption) -> None:
 
 
 @contextlib.contextmanager
-def _pool(plan: SearchPlan) -> Iterator[WorkerPool]:
+def _pool(plan: SearchPlan, ledger: Ledger, display: Display, lifeline: Lifeline) -> Iterator[WorkerPool]:
     search = plan.config.search
-    nodes = cluster.node_resources()
-    shape = GroupShape.of(search, nodes)
-    fit = groups_that_fit(shape, nodes)
-    size = min(search.max_concurrent or fit, fit, plan.trials)
-    with WorkerPool(size, shape, plan.folder.ray, search.worker_group.recycle_after) as pool:
+    shape = GroupShape.of(search, cluster.node_resources())
+    work = max(plan.trials - len(ledger.ended()), 2 if search.controls else 1)
+    with WorkerPool(
+        min(search.max_concurrent or work, work),
+        shape,
+        plan.folder.ray,
+        search.worker_group.recycle_after,
+        wait_for_nodes=search.wait_for_nodes,
+        say=display.say,
+        lifeline=lifeline,
+    ) as pool:
         yield pool
 
 
@@ -312,17 +340,18 @@ def _run_trials(
         listeners,
         halted=lambda: session.halted,
         enough=lambda: session.ending is not None,
+        groups=lambda: pool.size,
+        check=pool.check,
     )
     tune.Tuner(
-        # The worker groups hold the CPUs and GPUs. Tune insists on a request: one byte of memory.
-        tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
+        # The worker groups hold the CPUs and GPUs; trial actors only ask to be where the driver is.
+        tune.with_resources(TrialActor, tune.PlacementGroupFactory([cluster.this_node()])),
         tune_config=tune.TuneConfig(
             metric=plan.metric,
             mode=plan.mode,
             search_alg=searcher,
             scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
             num_samples=plan.trials - len(ledger.ended()),
-            max_concurrent_trials=pool.size,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -60,7 +60,7 @@ class RunFolder:
 
     def require_existing(self) -> None:
         """InputError when there is no search of this name to resume."""
-        if not self.has_ledger and not self.is_bare:
+        if not self.begun and not self.is_bare:
             raise InputError(
                 f"there is no search to resume in {self.root}",
                 key="name",
@@ -68,14 +68,14 @@ class RunFolder:
             )
 
     @property
-    def has_ledger(self) -> bool:
-        """A journal, or the name of the search in a database."""
+    def begun(self) -> bool:
+        """Whether there is a search to go on with: a journal, or the search's name in a database."""
         return self.ledger.exists() or self.ledger.with_suffix(".json").exists()
 
     @property
     def is_bare(self) -> bool:
         """A search that was killed before anything was recorded: it can begin again."""
-        return self.root.exists() and not self.has_ledger and not self.curves.exists()
+        return self.root.exists() and not self.begun and not self.curves.exists()
 
 
 def state_of(record: TrialRecord) -> str:

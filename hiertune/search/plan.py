@@ -67,7 +67,7 @@ def plan_search(
     name: str | None = None,
     trials: int | None = None,
     time_budget: str | None = None,
-    resume: bool = False,
+    resume: bool | None = False,
 ) -> SearchPlan:
     """Read and check a space file with all that it refers to.
 
@@ -77,7 +77,7 @@ def plan_search(
         name: instead of the file's own.
         trials: instead of the file's own; with `resume`, the number to extend to.
         time_budget: instead of the file's own: seconds, or with a unit.
-        resume: go on with the search of that name.
+        resume: go on with the search of that name; None: if it was begun.
 
     Raises:
         InputError: for anything that would keep the search from running.
@@ -89,6 +89,8 @@ def plan_search(
     if time_budget is not None:
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
+    if resume is None:
+        resume = folder.begun or folder.is_bare
     ledger = _ledger_of(config, folder, resume, file)
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder

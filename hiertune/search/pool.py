@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
+from hiertune.search import cluster
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
 from hiertune.search.cluster import is_local
+from hiertune.search.gloo import ProcessGroup
+from hiertune.search.lifeline import Lifeline
 from hiertune.search.meeting import LocalTorchConfig
 from hiertune.search.messages import Event, Failed, Finished, Job, Reported, WorkerSetup
 
@@ -25,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _RESTARTS_PER_TRAINER = 5
 _IDLE_STARTS_ALLOWED = 2
+_LOOK_S = 2.0
+"""How often the pool looks which nodes there are."""
 _GOODBYE_S = 30.0
 """How long idle workers may take to go home; whoever stays is ended with the cluster."""
 _GOODBYE_AFTER_ERROR_S = 5.0
@@ -33,33 +40,64 @@ _SAVED_S = 600.0
 
 
 class WorkerPool:
-    """`size` worker groups and the broker that feeds them. Use as a context manager.
+    """Up to `most` worker groups, as many as the cluster holds, and the broker that feeds them.
 
-    The groups live in the driver's care, not in Tune's: Tune keeps an idle trial actor only when
-    another trial happens to be pending, and a group takes 15 s to start.
+    Use as a context manager. `size` is how many there shall be at present: it follows the nodes that
+    come and go. The groups live in the driver's care, not in Tune's: Tune keeps an idle trial actor
+    only when another trial happens to be pending, and a group takes 15 s to start.
+
+    Args:
+        most: groups that there is work for.
+        shape: what each of them asks for.
+        storage: folder of Ray Train's own files.
+        recycle_after: jobs after which a group is replaced.
+        wait_for_nodes: seconds without room for one group, after which the search is stopped.
+        say: tells the user what the pool waits for.
+        lifeline: tells a lost Ray from a lost group.
     """
 
-    def __init__(self, size: int, shape: GroupShape, storage: Path, recycle_after: int | None = None):
+    def __init__(
+        self,
+        most: int,
+        shape: GroupShape,
+        storage: Path,
+        recycle_after: int | None = None,
+        *,
+        wait_for_nodes: float = 600.0,
+        say: Callable[[str], None] = lambda text: None,
+        lifeline: Lifeline | None = None,
+    ):
         self.broker_name = f"hiertune-broker-{uuid.uuid4().hex}"
-        actor = ray.remote(Broker).options(num_cpus=0, max_concurrency=10_000, name=self.broker_name)
+        actor = ray.remote(Broker).options(
+            num_cpus=0,
+            max_concurrency=10_000,
+            name=self.broker_name,
+            scheduling_strategy=cluster.on_this_node(),
+        )
         self.broker: Any = actor.remote(recycle_after)
+        self._most = most
         self._shape = shape
         self._storage = storage
-        self.size = size
-        self._closing = False
-        self._threads = [
-            threading.Thread(target=self._keep_alive, args=(f"group-{index}",), daemon=True)
-            for index in range(size)
-        ]
+        self._wait_for_nodes = wait_for_nodes
+        self._say = say
+        self._lifeline = lifeline
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._threads: dict[str, threading.Thread] = {}
+        self._started = 0
+        self._room_since = time.monotonic()
+        self.size = self._fit()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> WorkerPool:
-        for thread in self._threads:
-            thread.start()
+        if self._lifeline is not None:
+            self._lifeline.hold(self.broker)
+        self._watcher.start()
         return self
 
     def __exit__(self, error_type, error, trace) -> None:
         if error_type is not None and issubclass(error_type, KeyboardInterrupt):
-            self._closing = True  # the workers end with Ray
+            self._closing.set()  # the workers end with Ray
             return
         self.close(_GOODBYE_S if error is None else _GOODBYE_AFTER_ERROR_S)
 
@@ -69,6 +107,8 @@ class WorkerPool:
         event: Event | None = None
         while not isinstance(event, Finished | Failed):
             event = ray.get(self.broker.advance.remote(job.id))
+            if self._lifeline is not None:
+                self._lifeline.progressed()
             for note in event.result.notes if isinstance(event, Reported) else ():
                 logger.info("%s: %s", job.id, note)
         return event
@@ -88,57 +128,134 @@ class WorkerPool:
         except RayError as error:  # what the workers do then is of no importance any more
             logger.warning("the worker groups could not be told to %s: %s", message, error)
 
+    def check(self) -> None:
+        """Does not return where Ray is lost, which explains whatever went wrong."""
+        if self._lifeline is not None:
+            self._lifeline.check()
+
     def close(self, timeout_s: float) -> None:
         """Send the workers home and wait until their trainers are gone."""
-        self._closing = True
+        self._closing.set()
         try:
             ray.get(self.broker.close.remote())
         except RayError as error:  # after an interruption Ray may be half gone; so are the workers then
             logger.warning("the worker groups could not be told to go home: %s", error)
             return
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
+        with self._lock:
+            threads = [self._watcher, *self._threads.values()]
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        if self._lifeline is not None:
+            self._lifeline.hold(None)
         ray.kill(self.broker)
 
+    # ------------------------------------------------------------------ how many groups there are
+
+    def _fit(self) -> int:
+        return min(self._most, self._shape.fit(cluster.node_resources()))
+
+    def _watch(self) -> None:
+        """The pool's own thread: as many groups as there is room for, until the pool closes."""
+        waiting = False
+        while True:
+            self.size = self._fit()
+            if self.size < self._most:
+                cluster.ask_for(self._shape, self._most)  # again: Ray Train's own requests replace it
+            if self.size:
+                self._room_since = time.monotonic()
+                if waiting:
+                    self._announce("there are nodes again")
+            elif not waiting:
+                self._announce(
+                    f"waiting for nodes: {self._shape.shortage(cluster.node_resources())} (for up to "
+                    f"{self._wait_for_nodes / 60:g} minutes: search.wait_for_nodes)"
+                )
+            waiting = not self.size
+            if time.monotonic() - self._room_since > self._wait_for_nodes:
+                self._announce("no nodes came: the search stops")
+                self._stop_search()
+                break
+            with self._lock:
+                missing = 0 if self._closing.is_set() else self.size - len(self._threads)
+                for _ in range(missing):
+                    self._start_group()
+            if self._closing.wait(_LOOK_S):
+                break
+        cluster.ask_for(self._shape, 0)
+
+    def _announce(self, text: str) -> None:
+        logger.warning("%s", text)
+        self._say(text)
+
+    def _stop_search(self) -> None:
+        """As a user would: once to finish the epochs, which can't be, and once more."""
+        for _ in range(2):
+            if not self._closing.wait(_LOOK_S):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _start_group(self) -> None:
+        self._started += 1
+        group = f"group-{self._started - 1}"
+        self._threads[group] = threading.Thread(target=self._keep_alive, args=(group,), daemon=True)
+        self._threads[group].start()
+
     def _keep_alive(self, group: str) -> None:
-        """One group's thread: a TorchTrainer at a time, until the pool closes."""
+        """One group's thread: a TorchTrainer at a time, until the pool closes or has no room for it."""
         idle_starts = 0
-        while not self._closing:
+        while not self._retires(group):
             try:
                 self._trainer(group).fit()
                 error: Exception | None = None
             except Exception as failure:  # noqa: BLE001 - whatever ended the trainer, the group is rebuilt
                 logger.warning("worker group %s ended: %s", group, failure)
                 error = failure
-            if self._closing:
+            if self._closing.is_set():
                 return
+            if error is not None:
+                self.check()
             served = ray.get(self.broker.served.remote(group))
             ray.get(self.broker.lost.remote(group))
-            idle_starts = 0 if served else idle_starts + 1
+            # A group that finds no room is no worse for it: others have it, or its node is gone.
+            idle_starts = 0 if served or _found_no_room(error) else idle_starts + 1
             if idle_starts >= _IDLE_STARTS_ALLOWED:
                 ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {error}"))
                 return
+
+    def _retires(self, group: str) -> bool:
+        """Whether the group is one too many; then it is counted no more."""
+        with self._lock:
+            if self._closing.is_set():
+                return True
+            if len(self._threads) <= self.size:
+                return False
+            logger.warning("worker group %s is closed: the cluster has no room for it now", group)
+            del self._threads[group]
+            return True
 
     def _trainer(self, group: str) -> TorchTrainer:
         return TorchTrainer(
             _work,
             train_loop_config={"setup": WorkerSetup(group, self.broker)},
-            torch_config=(LocalTorchConfig if is_local() else TorchConfig)(
-                backend="nccl" if self._shape.gpus_per_worker else "gloo"
-            ),
+            torch_config=(LocalTorchConfig if is_local() else ProcessGroup)(backend=self._shape.backend),
             scaling_config=ScalingConfig(
                 num_workers=self._shape.workers,
                 use_gpu=self._shape.gpus_per_worker > 0,
                 resources_per_worker=self._shape.per_worker,
+                placement_strategy=self._shape.placement.upper(),
             ),
             run_config=RunConfig(
                 name=group,
                 storage_path=str(self._storage),
-                failure_config=FailureConfig(max_failures=_RESTARTS_PER_TRAINER),
+                # Without room within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S the pool decides what to do.
+                failure_config=FailureConfig(_RESTARTS_PER_TRAINER, controller_failure_limit=0),  # type: ignore[call-arg]
                 worker_runtime_env={"env_vars": worker_environment()},  # type: ignore[call-arg]  # of Train V2
             ),
         )
+
+
+def _found_no_room(error: Exception | None) -> bool:
+    return "WorkerGroupStartupTimeoutError" in repr(getattr(error, "controller_failure", error))
 
 
 def _work(config: dict) -> None:

@@ -11,6 +11,7 @@ the search resumes, so a listener takes what it has heard as nothing new.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ class LedgerSearcher(Searcher):
         metric: the objective.
         halted: from when it says True, trials that Tune stops stay open in the ledger.
         enough: from when it says True, only trials that an interruption left behind are begun.
+        groups: how many worker groups there are at present; no more trials than that are live.
+        check: does not return where a trial actor died because Ray is lost.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class LedgerSearcher(Searcher):
         listener: Listener,
         halted: Callable[[], bool],
         enough: Callable[[], bool],
+        groups: Callable[[], int] = lambda: sys.maxsize,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._ledger = ledger
@@ -59,12 +64,16 @@ class LedgerSearcher(Searcher):
         self._listener = listener
         self._halted = halted
         self._enough = enough
+        self._groups = groups
+        self._check = check
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
 
-    def suggest(self, trial_id: str) -> dict | str:  # type: ignore[override]  # FINISHED is a str
+    def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
         if self._halted() or (self._enough() and not self._ledger.has_interrupted):
             return Searcher.FINISHED
+        if len(self._live) >= self._groups():
+            return None  # not now
         trial = self._ledger.next_trial()
         config = self._suggest(trial)
         self._ledger.begin(trial)
@@ -77,6 +86,8 @@ class LedgerSearcher(Searcher):
         self._report(self._live[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if error:
+            self._check()
         trial = self._live.pop(trial_id)
         result = result or {}
         if result.get("state") == "interrupted":

@@ -1,5 +1,6 @@
 """A small data set that real searches learn in a second, and the command line as users call it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def ray_session():
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def machines():
+    """The module beside this file: several machines on one."""
+    spec = importlib.util.spec_from_file_location(
+        "hiertune_machines", Path(__file__).with_name("machines.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

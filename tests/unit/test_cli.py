@@ -79,6 +79,11 @@ BAD_SPACES = {
         "search: {workers_per_trial: 4000, ",
         "a trial needs 4000 workers x 1 CPU = 4000 CPU",
     ),
+    "a share of two GPUs": (
+        "search: {",
+        "search: {gpus_per_worker: 1.5, ",
+        "space.yaml:6: search.gpus_per_worker: 1.5: a share of a GPU is below 1",
+    ),
     "syntax error": ("{kind: linear}}", "{kind: linear}", "space.yaml:"),
     "duplicate key": ("name: it", "name: it\nname: again", "space.yaml:2: name:"),
     "python tag": ("epochs: 2", "epochs: !!python/object/apply:os.getcwd []", "space.yaml:5"),
@@ -393,3 +398,13 @@ def test_a_password_in_the_file_is_refused_and_not_repeated(folder, capsys, uri,
     assert f"space.yaml:7: tracking.uri: '{shown}': holds a password" in said
     assert "MLFLOW_TRACKING_PASSWORD" in said
     assert "s3c" not in said
+
+
+def test_continue_begins_a_search_or_goes_on_with_it(folder):
+    space, runs = folder / "space.yaml", folder / "runs"
+    plan = plan_search(space, runs, resume=None)
+    assert not plan.resume
+    plan.folder.root.mkdir(parents=True)  # killed here, before there is a ledger
+    assert plan_search(space, runs, resume=None).resume
+    plan.folder.ledger.touch()
+    assert plan_search(space, runs, resume=None).resume

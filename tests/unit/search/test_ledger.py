@@ -363,7 +363,13 @@ class Recorder:
 
 
 @pytest.fixture
-def search(path):
+def groups():
+    """One entry per worker group."""
+    return [1, 2]
+
+
+@pytest.fixture
+def search(path, groups):
     ledger, recorder = open_ledger(path), Recorder()
     interrupted, enough = [], []
 
@@ -381,6 +387,7 @@ def search(path):
         recorder,
         lambda: bool(interrupted),
         lambda: bool(enough),
+        lambda: len(groups),
     )
     searcher.test_enough = enough
     return searcher, ledger, recorder, interrupted
@@ -405,6 +412,35 @@ def test_a_completed_trial(search):
         ("reported", 0, 2, {"val/accuracy": 0.6, "lr": 0.1}),
         ("ended", 0, "completed", None),
     ]
+
+
+def test_no_more_trials_are_live_than_there_are_worker_groups_at_present(search, groups):
+    searcher, ledger, _, interrupted = search
+    assert all(isinstance(searcher.suggest(name), dict) for name in ("a", "b"))
+    assert searcher.suggest("c") is None, "not now"
+    groups.append(3)
+    assert isinstance(searcher.suggest("c"), dict)
+    groups.clear()
+    searcher.on_trial_complete("a", result(1, 0.5, state="completed"))
+    assert searcher.suggest("d") is None
+    assert len(ledger.records()) == 3, "nothing is asked for that can't run"
+    interrupted.append(True)
+    assert searcher.suggest("d") == "FINISHED"
+
+
+def test_where_ray_is_lost_nothing_is_told(search):
+    class Left(BaseException):
+        """Stands for leaving the process."""
+
+    def leave():
+        raise Left
+
+    searcher, ledger, _, _ = search
+    searcher._check = leave
+    searcher.suggest("a")
+    with pytest.raises(Left):
+        searcher.on_trial_complete("a", None, error=True)
+    assert [record.state for record in ledger.records()] == ["running"]
 
 
 def test_a_trial_that_the_scheduler_stopped_is_pruned_with_the_epoch_that_stopped_it(search):

@@ -1,0 +1,225 @@
+"""The files of scripts/cluster/ are what Ray, KubeRay, Slurm and the shell take them for."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hiertune.errors import InputError
+from hiertune.space import load_space
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "cluster"
+
+
+@pytest.fixture(scope="module")
+def submit():
+    loader = importlib.machinery.SourceFileLoader("hiertune_submit", str(FOLDER / "submit"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def write_space(folder, data):
+    path = folder / "space.yaml"
+    path.write_text(f"name: small\ndata: {{path: {data}}}\n")
+    return load_space(path)
+
+
+def test_what_travels_is_hiertune_the_space_and_small_data(submit, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "data").mkdir(parents=True)
+    (here / "data" / "small.h5").write_bytes(b"rows")
+    (here / "runs").mkdir()
+    there.mkdir()
+    submit.pack(write_space(here, "data/small.h5"), there)
+    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith("hiertune/")} == {"space.yaml", "data/small.h5"}
+    assert {"hiertune/cli.py", "hiertune/py.typed"} <= found
+    assert not any("__pycache__" in name for name in found)
+    assert sum((there / name).stat().st_size for name in found) < 20_000_000
+
+
+@pytest.mark.parametrize("data", ["../data.h5", "large.h5", "missing.h5"])
+def test_data_that_does_not_travel_must_be_where_every_node_sees_it(submit, tmp_path, data):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "data.h5").touch()
+    with (tmp_path / "here" / "large.h5").open("wb") as file:
+        file.truncate(submit.LARGEST_FILE + 1)
+    with pytest.raises(InputError, match=r"does not travel with the job\n.*an absolute path"):
+        submit.pack(write_space(tmp_path / "here", data), tmp_path / "there")
+
+
+def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("HIERTUNE_STORAGE", "s3://bucket/folder")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("PGPASSWORD", "secret-1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-2")
+    monkeypatch.delenv("HIERTUNE_LEDGER", raising=False)
+    options = Namespace(runs="/shared/my runs", name=None, trials=7, no_wait=True)
+    words = submit.command(write_space(tmp_path, "builtin:rrna16s"), options, "/packed")
+    assert Path(words[0]).name == "ray"
+    assert words[1:5] == ["job", "submit", "--working-dir", "/packed"]
+    assert json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"] == {
+        "HIERTUNE_STORAGE": "s3://bucket/folder",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+    }
+    entry = " ".join(words[words.index("--") + 1 :])
+    assert entry == (
+        "python -m hiertune search space.yaml --continue --runs '/shared/my runs' --name small --trials 7"
+    )
+    assert "secret" not in " ".join(words)
+
+
+def test_the_launchers_config_is_one():
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    config = yaml.safe_load((FOLDER / "cluster.yaml").read_text())
+    util.validate_config(util.prepare_config(config))  # Ray's own defaults and schema
+    assert config["head_node_type"] in config["available_node_types"]
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    for command in starts:
+        assert command == "ray stop" or "RAY_AUTH_MODE=token" in command
+    assert "--dashboard-host=127.0.0.1" in starts[1]
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in starts[1]
+
+
+def test_the_cluster_installs_what_hiertune_needs():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["vision"]]
+    install = next(
+        line
+        for line in yaml.safe_load((FOLDER / "cluster.yaml").read_text())["setup_commands"]
+        if line.startswith("pip install")
+    )
+    names = {re.split("[<>=]", word.strip('"'))[0] for word in install.split()[2:]}
+    assert names == {re.split("[<>=]", each)[0] for each in needed}
+
+
+def test_the_rayjob_has_what_kuberay_requires():
+    job = yaml.safe_load((FOLDER / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert job["metadata"]["name"]
+    spec = job["spec"]
+    assert "--continue" in spec["entrypoint"].split()
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *workers):
+        assert isinstance(group["rayStartParams"], dict)
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["name"]
+            assert container["image"]
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert {"HIERTUNE_STORAGE", "HIERTUNE_LEDGER", "MLFLOW_TRACKING_URI"} <= {
+                each["name"] for each in container["env"]
+            }
+    for group in workers:
+        assert group["groupName"]
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    shared = next(mount for mount in workers[0]["template"]["spec"]["containers"][0]["volumeMounts"])
+    assert spec["entrypoint"].endswith(f"--runs {shared['mountPath']}/runs")
+
+
+def test_the_slurm_script_is_one():
+    script = FOLDER / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--severity=warning", script], check=True)
+    text = script.read_text()
+    lines = [line.split("=", 1)[0] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --nodes", "#SBATCH --requeue", "#SBATCH --signal", "#SBATCH --time"} <= set(lines)
+    assert text.index("#SBATCH --signal") < text.index("set -euo"), "before the first command"
+
+
+STAND_INS = {
+    "scontrol": """
+        [ "$*" = "show hostnames first,second" ] || exit 9
+        echo first; echo second""",
+    # Says what Slurm would run where; the search takes a while, and ends in order when it is told to.
+    "srun": """
+        echo "$@" >>"$LOG/srun"
+        while [ "${1#--}" != "$1" ]; do shift; done
+        exec "$@" """,
+    "hostname": "echo '10.0.0.1 fe80::1'",
+    "ray": """
+        echo "ray $*" >>"$LOG/ray"
+        case $1 in
+        health-check) [ -e "$LOG/answers" ];;
+        start)
+            touch "$LOG/answers"
+            cat "$RAY_AUTH_TOKEN_PATH" >>"$LOG/tokens"
+            echo >>"$LOG/tokens"
+            exec sleep 100;;
+        esac""",
+    "python": """
+        [ "$1" = -c ] && exec REAL_PYTHON "$@"
+        echo "python $* at $RAY_ADDRESS" >>"$LOG/search"
+        until [ "$(grep -c '^ray start' "$LOG/ray")" = 2 ]; do sleep 0.1; done
+        [ -z "${STOPS:-}" ] && exit 3
+        trap 'echo in order; exit 130' TERM
+        kill -TERM $STOPS_PARENT; while :; do sleep 0.1; done""",
+}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_slurm_script_starts_a_cluster_and_the_search(tmp_path, stopped):
+    """Without Slurm and Ray: stand-ins say what they are asked to do."""
+    log, programs = tmp_path / "log", tmp_path / "bin"
+    log.mkdir()
+    programs.mkdir()
+    for name, text in STAND_INS.items():
+        body = text.replace("REAL_PYTHON", sys.executable).replace("$STOPS_PARENT", '"$(cat "$LOG/script")"')
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    environment = {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "LOG": str(log),
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NODELIST": "first,second",
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        **({"STOPS": "1"} if stopped else {}),
+    }
+    script = subprocess.Popen(
+        ["bash", "-c", f'echo $$ >"$LOG/script"; exec bash {FOLDER / "slurm.sh"} space.yaml --runs /runs'],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output, errors = script.communicate(timeout=60)
+    assert script.returncode == (130 if stopped else 3), errors
+    assert ("in order" in output) == stopped
+    search = "python -m hiertune search space.yaml --runs /runs --continue at 10.0.0.1:22345\n"
+    assert (log / "search").read_text() == search
+    starts = [line for line in (log / "ray").read_text().splitlines() if line.startswith("ray start")]
+    head = next(line for line in starts if "--head" in line)
+    worker = next(line for line in starts if "--address=10.0.0.1:22345" in line)
+    assert "--node-ip-address=10.0.0.1 --port=22345 --dashboard-host=127.0.0.1" in head
+    for line in (head, worker):
+        assert "--num-cpus=8" in line
+        assert "--num-gpus=2" in line
+        assert "--block" in line
+    nodes = re.findall(r"--nodelist=(\S+)", (log / "srun").read_text())
+    assert sorted(nodes) == ["first", "first", "first", "second"]
+    tokens = set((log / "tokens").read_text().split())
+    assert len(tokens) == 1
+    assert len(tokens.pop()) == 64
+    assert not list(tmp_path.glob(".hiertune-*")), "the token is gone"
+    assert os.path.exists(log / "answers")
