@@ -77,7 +77,7 @@ class Display:
         line = (
             f"{_MARKS[record.state]} trial {record.number:>3}  {value:<7} "
             f"{record.epochs:>3} epochs {record.seconds:6.1f} s  "
-            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}"
+            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}{_survived(record)}"
         )
         if self._console.is_terminal:
             self._last = [*self._last, line][-6:]
@@ -112,3 +112,11 @@ class Display:
             parts.append(Text(self._status, style="dim"))
         parts.append(Text(self._footer(), style="dim"))
         return Group(*parts)
+
+
+def _survived(record: TrialRecord) -> str:
+    """What befell a trial that went on, in a few words."""
+    if not record.incidents:
+        return ""
+    times = "" if record.attempts == 2 else f"{record.attempts - 1} times, last "
+    return f" [dim](went on: {times}{escape(record.incidents[-1]['reason'])})[/]"

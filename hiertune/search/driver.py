@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
 from hiertune.config import TrialConfig
@@ -23,6 +24,7 @@ from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape, groups_that_fit
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
+from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
@@ -30,7 +32,7 @@ from hiertune.search.messages import Job
 from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
-from hiertune.search.results import delivery_line, print_results
+from hiertune.search.results import delivery_line, print_results, resume_command
 from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.strategies import build_sampler, build_scheduler
 from hiertune.search.summary import summarise
@@ -42,6 +44,8 @@ from hiertune.tracking import Tracker, display_uri
 logger = logging.getLogger(__name__)
 
 _DELIVERY_PATIENCE_S = 60.0
+_ACTORS_PER_TRIAL = 10
+"""Trial actors that may die. They hold nothing but a place in the broker's list of events."""
 
 
 class SearchFailed(Exception):
@@ -160,10 +164,11 @@ def _find_best(
 ) -> TrialRecord:
     """Run the trials that are left. Whatever comes, `trials.csv` then says how far the search got."""
     remaining = plan.trials - len(ledger.ended())
+    streak = FailureStreak(plan.config.search.max_consecutive_failures)
     try:
         with Interruption() as interruption:
             if remaining > 0:
-                _run_trials(plan, ledger, pool, listeners, interruption, remaining)
+                _run_trials(plan, ledger, pool, listeners, interruption, streak, remaining)
     finally:
         records = ledger.records()
         write_trials(plan.folder.trials, records)
@@ -172,6 +177,8 @@ def _find_best(
                 tracker.trial_ended(record.number, "interrupted")
     if interruption.asked:
         raise SearchInterrupted
+    if streak.broken:
+        raise SearchFailed(f"{streak.verdict}\nMend it, then go on: {resume_command(plan)}")
     best = ledger.best()
     if best is None:
         raise SearchFailed(_why_nothing_won(records))
@@ -184,6 +191,7 @@ def _run_trials(
     pool: WorkerPool,
     listeners: Listeners,
     interruption: Interruption,
+    streak: FailureStreak,
     remaining: int,
 ) -> None:
     """Let Tune run the trials that are left; the ledger has them when this returns."""
@@ -209,8 +217,8 @@ def _run_trials(
         pool.broker_name,
         plan.metric,
         plan.mode,
-        listeners,
-        interrupted=lambda: interruption.asked,
+        Listeners([listeners, streak]),
+        interrupted=lambda: interruption.asked or streak.broken,
     )
     tune.Tuner(
         # The worker groups hold the CPUs and GPUs. Tune insists on a request: one byte of memory.
@@ -226,7 +234,11 @@ def _run_trials(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(plan.folder.ray), stop=interruption, verbose=0
+            name="tune",
+            storage_path=str(plan.folder.ray),
+            stop=CombinedStopper(interruption, streak),
+            failure_config=tune.FailureConfig(max_failures=_ACTORS_PER_TRIAL),
+            verbose=0,
         ),
     ).fit()
 

@@ -8,7 +8,7 @@ taken up again under its own number when the search resumes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,14 @@ class TrialRecord:
     epochs: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    fault: str | None = None
+    """What went wrong (`messages.Fault`), of failed trials."""
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """Faults that the trial survived: fault, reason, epoch, time."""
+
+    @property
+    def attempts(self) -> int:
+        return 1 + len(self.incidents)
 
     def rank(self, mode: Mode) -> tuple[float, int]:
         """Sorts completed trials from the best on; of equals the earliest comes first."""
@@ -104,6 +112,14 @@ class Ledger:
         trial.report(value, epoch)
         return True
 
+    def note(self, trial: Trial, incidents: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Write what the trial survived. Returns what was not written before."""
+        known = trial.storage.get_trial(trial._trial_id).user_attrs.get("incidents", [])
+        new = [dict(incident) for incident in incidents if dict(incident) not in known]
+        if new:
+            trial.set_user_attr("incidents", known + new)
+        return new
+
     def tell(
         self,
         trial: Trial,
@@ -114,6 +130,7 @@ class Ledger:
         seconds: float = 0.0,
         metrics: Mapping[str, float] | None = None,
         reason: str | None = None,
+        fault: str | None = None,
     ) -> TrialRecord:
         """Write how the trial ended. The state comes last: without it the trial is still running."""
         for key, attr in {
@@ -121,6 +138,7 @@ class Ledger:
             "seconds": round(seconds, 3),
             "metrics": dict(metrics or {}),
             "reason": reason,
+            "fault": fault,
         }.items():
             trial.set_user_attr(key, attr)
         # A pruned trial's value is the last one it reported; Optuna takes it from there.
@@ -153,4 +171,6 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         epochs=attrs.get("epochs", max(steps, default=0)),
         seconds=attrs.get("seconds", 0.0),
         metrics=attrs.get("metrics", {}),
+        fault=attrs.get("fault"),
+        incidents=attrs.get("incidents", []),
     )

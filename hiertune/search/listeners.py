@@ -59,7 +59,10 @@ class TrackingListener:
         self._tracker.log(number, epoch, metrics)
 
     def trial_ended(self, record: TrialRecord) -> None:
-        self._tracker.trial_ended(record.number, record.state, record.reason)
+        tags = {"hiertune.attempts": str(record.attempts)}
+        if record.fault is not None:
+            tags["hiertune.fault"] = record.fault
+        self._tracker.trial_ended(record.number, record.state, record.reason, tags)
 
 
 class Curves:

@@ -59,7 +59,7 @@ class RunFolder:
 
 
 def write_trials(path: Path, records: list[TrialRecord]) -> None:
-    """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
+    """One row per trial: id, state, fault, attempts, every parameter, every final metric, epochs, seconds."""
     import pandas as pd
 
     rows = [
@@ -67,6 +67,8 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
             "trial": record.number,
             "state": "interrupted" if record.state == "running" else record.state,
             "reason": record.reason,
+            "fault": record.fault,
+            "attempts": record.attempts,
             "epochs": record.epochs,
             "seconds": record.seconds,
             "objective": record.value,

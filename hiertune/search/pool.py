@@ -17,7 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
-from hiertune.search.messages import Event, Failed, Finished, Job, Reported, WorkerSetup
+from hiertune.search.follower import Follower
+from hiertune.search.messages import Failed, Finished, Job, Reported, WorkerSetup
+from hiertune.search.processes import RayProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,11 @@ class WorkerPool:
 
     def __init__(self, size: int, shape: GroupShape, storage: Path, recycle_after: int | None = None):
         self.broker_name = f"hiertune-broker-{uuid.uuid4().hex}"
-        actor = ray.remote(Broker).options(num_cpus=0, max_concurrency=10_000, name=self.broker_name)
-        self.broker: Any = actor.remote(recycle_after)
+        # A broker that dies starts again and knows nothing: workers and submitters come to it anew.
+        actor = ray.remote(Broker).options(
+            num_cpus=0, max_concurrency=10_000, name=self.broker_name, max_restarts=-1, max_task_retries=-1
+        )
+        self.broker: Any = actor.remote(recycle_after, RayProcesses())
         self._shape = shape
         self._storage = storage
         self.size = size
@@ -58,13 +63,16 @@ class WorkerPool:
 
     def run(self, job: Job) -> Finished | Failed:
         """Train one job outside Tune, to its end."""
-        ray.get(self.broker.submit.remote(job))
-        event: Event | None = None
-        while not isinstance(event, Finished | Failed):
-            event = ray.get(self.broker.advance.remote(job.id))
-            for note in event.result.notes if isinstance(event, Reported) else ():
+        follower = Follower(self.broker, job)
+        while True:
+            event = follower.next()
+            for incident in event.incidents:
+                logger.warning("%s goes on after epoch %d: %s", job.id, incident.epoch, incident.reason)
+            if not isinstance(event, Reported):
+                follower.stop()
+                return event
+            for note in event.result.notes:
                 logger.info("%s: %s", job.id, note)
-        return event
 
     def close(self, timeout_s: float) -> None:
         """Send the workers home and wait until their trainers are gone."""

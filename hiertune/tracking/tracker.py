@@ -85,9 +85,16 @@ class Tracker:
         numbers = {name: float(value) for name, value in metrics.items()}
         self._write("log", trial, timestamp, step=int(step), metrics=numbers)
 
-    def trial_ended(self, trial: int, state: str, reason: str | None = None) -> None:
+    def trial_ended(
+        self, trial: int, state: str, reason: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         """`state`: completed, pruned, failed or interrupted."""
-        self._write("end", trial, state=state, tags={"hiertune.reason": reason} if reason else {})
+        self._write(
+            "end",
+            trial,
+            state=state,
+            tags={**(tags or {}), **({"hiertune.reason": reason} if reason else {})},
+        )
 
     def artifact(self, trial: int | None, path: str | Path, artifact_path: str | None = None) -> None:
         """A file, or a folder with all that is in it. It is read at delivery: leave it where it is."""
