@@ -439,11 +439,14 @@ class Broker:
             if idle < limit:
                 await asyncio.sleep(limit - idle)
                 continue
-            group.cause = Cause(
-                "hang", f"no batch for {idle:.0f} s at epoch {run.delivered + 1}{_who(group)}"
-            )
+            cause = Cause("hang", f"no batch for {idle:.0f} s at epoch {run.delivered + 1}{_who(group)}")
             if self._processes is not None:
-                await self._processes.end(list(group.processes.values()))
+                processes = list(group.processes.values())
+                # One that is gone, which Ray Train has not noticed yet, explains that the others wait.
+                cause = await self._processes.cause(processes) or cause
+                group.cause = group.cause or cause
+                await self._processes.end(processes)
+            group.cause = group.cause or cause
             if group.run is run:
                 self._mend(group)
             return

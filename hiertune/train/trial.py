@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -305,7 +305,8 @@ class Trial:
             try:
                 ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
             except OSError as error:  # they choose how the winner's logits become names, no more
-                path.with_name(path.name + ".new").unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.with_name(path.name + ".new").unlink()
                 self.notes += (f"the validation logits could not be saved: {error.strerror or error}",)
         return metrics
 

@@ -143,7 +143,8 @@ def test_a_worker_that_crashes_or_hangs_costs_an_attempt_and_no_number(
     pool, make_job, undisturbed, number, fault, reason
 ):
     before = generations(pool)
-    followed = Followed(pool, make_job(number.name, hang_timeout=8.0))
+    patience = {"hang_timeout": 20.0} if fault == "hang" else {}
+    followed = Followed(pool, make_job(number.name, **patience))
     followed.reaches(20)
     os.kill(workers()[-1].pid, number)
     assert followed.metrics() == undisturbed

@@ -40,8 +40,9 @@ class Coroner:
         self.causes = list(causes)
         self.examined: list[list[int]] = []
         self.ended: list[list[int]] = []
-        self.release = asyncio.Event()
+        self.release, self.looked = asyncio.Event(), asyncio.Event()
         self.release.set()
+        self.looked.set()
 
     async def end(self, processes: list[WorkerProcess]) -> None:
         self.ended.append(sorted(each.rank for each in processes))
@@ -49,8 +50,8 @@ class Coroner:
 
     async def cause(self, processes: list[WorkerProcess]) -> Cause | None:
         self.examined.append(sorted(each.rank for each in processes))
-        await self.release.wait()
-        return self.causes.pop(0)
+        await self.looked.wait()
+        return self.causes.pop(0) if self.causes else None
 
 
 OUTCOME = TrialOutcome(epochs=2, stopped=False, metrics={})
@@ -639,14 +640,14 @@ def test_a_job_that_is_stopped_while_its_end_is_looked_into_is_not_tried_again()
         coroner = Coroner(Cause("crashed", "killed"))
         broker = Broker(processes=coroner)
         await begin(broker, job("t"))
-        coroner.release.clear()
+        coroner.looked.clear()
         losing = asyncio.create_task(broker.lost("g"))
         await settle()
         await broker.stop("t")
         again = asyncio.create_task(broker.submit(job("t")))
         await settle()
         assert not again.done()
-        coroner.release.set()
+        coroner.looked.set()
         await losing
         assert await again == 0
         assert await broker.jobs() == ["t"]
@@ -680,6 +681,15 @@ def test_workers_that_do_not_get_on_are_ended_and_their_job_is_tried_again():
         assert incident.fault == "hang"
         assert incident.reason == "no batch for 0 s at epoch 1 (worker 2 of 2)"
         report.cancel()
+
+    run(scenario)
+
+
+def test_workers_that_wait_for_a_dead_one_do_not_hang():
+    async def scenario():
+        broker = Broker(processes=Coroner(Cause("crashed", "killed")))
+        await begin(broker, job("t", hang_timeout=0.05, max_retries=0))
+        assert await broker.advance("t", 0) == Failed("killed", "crashed")
 
     run(scenario)
 
@@ -810,8 +820,8 @@ class World(RuleBasedStateMachine):
         self.saved = 0  # the epoch of the checkpoint
         self.heard: list[int] = []
         self.asking: asyncio.Task | None = None
-        self.paused = False
-        self.over = False
+        self.paused = self.over = False
+        self.resting = False  # it has heard an epoch, and not asked on
         self.after = self.do(self.broker.submit(self.job))
 
     @property
@@ -867,6 +877,7 @@ class World(RuleBasedStateMachine):
     @rule()
     def ask(self):
         """The trial actor is let to take its next step."""
+        self.resting = False
         self.asking = self.loop.create_task(self.broker.advance("t", self.after))
         self.do(settle())
 
@@ -877,20 +888,26 @@ class World(RuleBasedStateMachine):
         if self.asking is not None:
             self.asking.cancel()
         self.asking = None
-        self.after = self.do(self.broker.submit(self.job))
+        self.after, self.resting = self.do(self.broker.submit(self.job)), False
 
-    @precondition(lambda self: self.heard and not (self.paused or self.over or self.asking))
+    @precondition(lambda self: self.resting and not self.over)
     @rule()
     def pause(self):
+        """Between two steps, as schedulers do."""
         self.do(self.broker.stop("t"))
         self.do(settle())
-        self.paused = True
+        self.paused, self.resting = True, False
 
     @precondition(lambda self: self.paused)
     @rule()
     def go_on(self):
         """As another actor, which knows how far the paused one was."""
-        self.after = max(self.heard[-1], self.do(self.broker.submit(self.job)))
+        submitting = self.loop.create_task(self.broker.submit(self.job))
+        self.do(settle())
+        while not submitting.done():  # workers that repeat epochs first get to where they stop
+            self.train("g", 1)
+            self.train("h", 1)
+        self.after = max(self.heard[-1], submitting.result())
         self.paused = False
 
     @invariant()
@@ -902,7 +919,7 @@ class World(RuleBasedStateMachine):
         if isinstance(event, Finished):
             self.over = True
             return
-        self.after = event.result.epoch
+        self.after, self.resting = event.result.epoch, True
         if not self.heard or self.after != self.heard[-1]:  # at most one is told twice
             self.heard.append(self.after)
         self.over = event.result.last
