@@ -103,7 +103,8 @@ class WorkerPool:
             ray.get(self.broker.lost.remote(group))
             idle_starts = 0 if served else idle_starts + 1
             if idle_starts >= _IDLE_STARTS_ALLOWED:
-                ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {error}"))
+                said = str(error).strip().splitlines() or [""]  # ends with the exception; the log has it all
+                ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {said[-1]}"))
                 return
 
     def _trainer(self, group: str) -> TorchTrainer:

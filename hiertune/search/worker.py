@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import ray
 import ray.train
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 30.0
 """How often a worker that gets on says so, at the least often."""
+_REASON_CHARACTERS = 500
+"""Of an exception's text so much is a reason, in one line; the worker's log has all of it."""
 
 
 def work(config: dict) -> None:
@@ -120,7 +123,8 @@ def _cause(error: Exception) -> Cause:
     no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or no_memory or "can't allocate memory" in str(error):
         return Cause("out_of_memory", f"out of memory on {socket.gethostname()} ({_place(error)})")
-    return Cause("error", f"{type(error).__name__}: {error} ({_place(error)})")
+    text = shorten(str(error), _REASON_CHARACTERS, placeholder=" ...")
+    return Cause("error", f"{type(error).__name__}: {text} ({_place(error)})")
 
 
 def _place(error: Exception) -> str:

@@ -181,10 +181,14 @@ def test_without_memory_it_is_tried_again_in_fresh_processes(pool, make_job):
     assert generations(pool) == before + 1
 
 
-def damage(file):
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-7])
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_or_by_a_new_start(pool, make_job):
@@ -194,7 +198,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_or_by_a_new_start(po
     followed = Followed(pool, job)
     checkpoint = Path(job.folder) / "checkpoint"
     previous = Path(job.folder) / "checkpoint.previous"
-    for files in ([checkpoint], [checkpoint, previous]):
+    for files, damage in (([checkpoint], flip_a_bit), ([checkpoint, previous], cut_off)):
         seen = generations(pool)
         told = len(followed.epochs)
         wait_for(lambda told=told: len(followed.epochs) > told)
@@ -267,7 +271,12 @@ def run_tune(pool, jobs, tmp_path, scheduler=None):
         tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
         param_space={"broker": pool.broker_name, "job": tune.grid_search(jobs)},
         tune_config=tune.TuneConfig(
-            metric="val/loss", mode="min", scheduler=scheduler, max_concurrent_trials=1, reuse_actors=True
+            metric="val/loss",
+            mode="min",
+            scheduler=scheduler,
+            max_concurrent_trials=1,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -321,6 +330,9 @@ def test_after_a_hundred_stopped_trials_nothing_is_left(pool, make_job, tmp_path
     assert generations(pool) == before
     wait_for(lambda: not processes_called("TrialActor"))
     assert len(workers()) == 2
-    held = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    assert len(held) == 1, "that of the worker group"
-    assert ray.get(pool.broker.jobs.remote()) == []
+    wait_for(lambda: _placement_groups() == 1)  # that of the worker group
+    wait_for(lambda: ray.get(pool.broker.jobs.remote()) == [])
+
+
+def _placement_groups():
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())

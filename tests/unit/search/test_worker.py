@@ -40,6 +40,11 @@ NO_MEMORY = f"out of memory on {socket.gethostname()} (test_worker.py:"
         ),
         (KeyError("lr"), "error", "KeyError: 'lr' (test_worker.py:"),
         (
+            ValueError("a\nstack:\n" + "x " * 1000),
+            "error",
+            "ValueError: a stack: " + "x " * 243 + "x ... (test_worker",
+        ),
+        (
             OSError(errno.EIO, "Input/output error"),
             "error",
             "OSError: [Errno 5] Input/output error (test_worker.py:",
