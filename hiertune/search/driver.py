@@ -258,7 +258,7 @@ def _measure_winner(
     if decoding.rule is not None:
         rules["winner"] = {DECODED: decoding.rule}
     try:
-        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules)
+        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules, search.worker_group)
     except RuntimeError as error:
         raise SearchFailed(str(error)) from error
 
