@@ -251,13 +251,17 @@ def test_a_model_that_cannot_be_written_is_said_in_plain_words(pool, make_job, s
 
 
 class Heard(tune.Callback):
-    """What Tune is told, and by whom."""
+    """What Tune is told, and by whom; kills the trial actor that has told an epoch."""
 
-    def __init__(self):
+    def __init__(self, kill_after=None):
         self.results = []
+        self.kill_after = kill_after
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.results.append((result["training_iteration"], result.get("val/loss"), result["pid"]))
+        if result["training_iteration"] == self.kill_after:
+            self.kill_after = None
+            os.kill(result["pid"], signal.SIGKILL)
 
 
 class StopsAtOnce(FIFOScheduler):
@@ -265,8 +269,8 @@ class StopsAtOnce(FIFOScheduler):
         return TrialScheduler.STOP
 
 
-def run_tune(pool, jobs, tmp_path, scheduler=None):
-    heard = Heard()
+def run_tune(pool, jobs, tmp_path, scheduler=None, kill_after=None):
+    heard = Heard(kill_after)
     results = tune.Tuner(
         tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
         param_space={"broker": pool.broker_name, "job": tune.grid_search(jobs)},
@@ -292,15 +296,7 @@ def run_tune(pool, jobs, tmp_path, scheduler=None):
 def test_a_trial_actor_that_is_killed_is_replaced_and_no_epoch_is_lost(pool, make_job, undisturbed, tmp_path):
     before = generations(pool)
     job = make_job("followed")
-
-    def kill():
-        wait_for(lambda: ray.get(pool.broker.progress.remote(job.id)) >= 20)
-        os.kill(processes_called("TrialActor")[0].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    results, heard = run_tune(pool, [job], tmp_path)
-    killer.join()
+    results, heard = run_tune(pool, [job], tmp_path, kill_after=20)
     assert results.num_errors == 0
     epochs = [epoch for epoch, *_ in heard]
     assert sorted(set(epochs)) == list(range(1, EPOCHS + 1))
@@ -328,7 +324,7 @@ def test_after_a_hundred_stopped_trials_nothing_is_left(pool, make_job, tmp_path
     assert results.num_errors == 0
     assert [epoch for epoch, *_ in heard] == [1] * 100
     assert generations(pool) == before
-    wait_for(lambda: not processes_called("TrialActor"))
+    wait_for(lambda: not any(psutil.pid_exists(pid) for *_, pid in heard))
     assert len(workers()) == 2
     wait_for(lambda: _placement_groups() == 1)  # that of the worker group
     wait_for(lambda: ray.get(pool.broker.jobs.remote()) == [])
