@@ -123,6 +123,8 @@ def row_of(record: TrialRecord) -> dict[str, Any]:
         "trial": record.number,
         "state": record.state,
         "reason": record.reason,
+        "fault": record.fault,
+        "attempts": record.attempts,
         "epochs": record.epochs,
         "seconds": record.seconds,
         "objective": record.value,

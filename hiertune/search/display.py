@@ -100,7 +100,7 @@ class Display:
         line = (
             f"{_MARKS[record.state]} trial {record.number:>3}  {value:<7} "
             f"{record.epochs:>3} epochs {record.seconds:6.1f} s  "
-            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}"
+            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}{_survived(record)}"
         )
         if self._console.is_terminal:
             self._last = [*self._last, line][-6:]
@@ -144,3 +144,11 @@ def _about(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _survived(record: TrialRecord) -> str:
+    """What befell a trial that went on, in a few words."""
+    if not record.incidents:
+        return ""
+    times = "" if record.attempts == 2 else f"{record.attempts - 1} times, last "
+    return f" [dim](went on: {times}{escape(record.incidents[-1]['reason'])})[/]"

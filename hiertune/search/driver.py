@@ -27,6 +27,7 @@ from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
+from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.lifeline import Lifeline, attempt
@@ -61,6 +62,8 @@ _DELIVERY_PATIENCE_S = 10.0
 back in less; a longer outage is not worth the user's time, as one command delivers the rest later."""
 _LAST_POINTS_S = 2.0
 """How long delivery may take when the search is to stop at once."""
+_ACTORS_PER_TRIAL = 10
+"""Trial actors that may die. They hold nothing but a place in the broker's list of events."""
 
 
 class SearchFailed(Exception):
@@ -266,8 +269,9 @@ def _run_all(
     interruption: Interruption,
 ) -> None:
     """Run the trials that are left. Whatever comes, `trials.csv` then says how far the search got."""
-    workers = plan.config.search.workers_per_trial
-    session = Session(ledger, budget, interruption, display, workers, pool.halt)
+    search = plan.config.search
+    streak = FailureStreak(search.max_consecutive_failures)
+    session = Session(ledger, budget, interruption, display, search.workers_per_trial, pool.halt, streak)
     try:
         display.say("starting worker groups")
         with interruption.finishing(), session:
@@ -285,6 +289,8 @@ def _run_all(
     if interruption.asked:
         progress = progress_line(records, plan.trials)
         raise SearchInterrupted(f"{progress}; go on with:\n  {resume_command(plan)}")
+    if streak.broken:
+        raise SearchFailed(f"{streak.verdict}\nMend it, then go on: {resume_command(plan)}")
 
 
 def _best_of(plan: SearchPlan, ledger: Ledger, budget: Budget) -> TrialRecord:
@@ -356,7 +362,11 @@ def _run_trials(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(plan.folder.ray), stop=_Halt(session), verbose=0
+            name="tune",
+            storage_path=str(plan.folder.ray),
+            stop=_Halt(session),
+            failure_config=tune.FailureConfig(max_failures=_ACTORS_PER_TRIAL),
+            verbose=0,
         ),
     ).fit()
 
@@ -403,7 +413,7 @@ def _measure_winner(
     if decoding.rule is not None:
         rules["winner"] = {DECODED: decoding.rule}
     try:
-        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules)
+        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules, search.worker_group)
     except RuntimeError as error:
         raise SearchFailed(str(error)) from error
 

@@ -238,12 +238,13 @@ class Ledger:
         self._memory.set_trial_intermediate_value(trial._trial_id, epoch, value)
         return True
 
-    def note(self, trial: Trial, incidents: Iterable[Mapping[str, Any]]) -> None:
-        """Record what the trial survived; what is recorded already is not doubled."""
+    def note(self, trial: Trial, incidents: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Record what the trial survived. Returns what was not recorded before."""
         known = list(trial.user_attrs.get("incidents", ()))
         new = [dict(incident) for incident in incidents if dict(incident) not in known]
         if new:
             self._set_attr(trial, "incidents", known + new)
+        return new
 
     def pause(self, trial: Trial, seconds: float) -> None:
         """Record how long the trial took in this session: it goes on in another."""

@@ -59,7 +59,7 @@ class TrackingListener:
         self._tracker.log(number, epoch, metrics)
 
     def trial_ended(self, record: TrialRecord) -> None:
-        self._tracker.trial_ended(record.number, record.state, record.reason)
+        self._tracker.end(record)
 
 
 class Curves:

@@ -42,8 +42,18 @@ class WorkerSetup:
 
 Fault = Literal["diverged", "error", "out_of_memory", "crashed", "lost", "hang", "not_started"]
 """What went wrong: a loss that is not finite; an exception; no memory, on the device or the node; a worker
-process that crashed or was killed; a node that is gone; no progress; workers that can't be started.
-Another try can mend all but the first two and the last."""
+process that crashed or was killed; a node that is gone; no progress; workers that can't be started."""
+
+MENDABLE: frozenset[Fault] = frozenset({"out_of_memory", "crashed", "lost", "hang"})
+"""Faults after which another try may go well: the job goes on from its checkpoint in new processes."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a job could not go on, in words for its user."""
+
+    fault: Fault
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class Failed:
 @dataclass(frozen=True)
 class Stopped:
     """The search is stopping, and no worker group had taken the job up, or the one that had was lost."""
+
+    incidents: tuple[Incident, ...] = ()
 
 
 Event = Reported | Finished | Failed | Stopped

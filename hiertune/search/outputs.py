@@ -89,7 +89,7 @@ def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
 
 
 def write_trials(path: Path, records: list[TrialRecord]) -> None:
-    """One row per trial: id, state, every parameter, every final metric, epochs, seconds."""
+    """One row per trial: id, state, fault, attempts, every parameter, every final metric, epochs, seconds."""
     import pandas as pd
 
     from hiertune.record import row_of

@@ -21,10 +21,12 @@ from hiertune.search import cluster
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
 from hiertune.search.cluster import is_local
+from hiertune.search.follower import Follower
 from hiertune.search.gloo import ProcessGroup
 from hiertune.search.lifeline import Lifeline
 from hiertune.search.meeting import LocalTorchConfig
-from hiertune.search.messages import Event, Failed, Finished, Job, Reported, WorkerSetup
+from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped, WorkerSetup
+from hiertune.search.processes import RayProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +70,16 @@ class WorkerPool:
         lifeline: Lifeline | None = None,
     ):
         self.broker_name = f"hiertune-broker-{uuid.uuid4().hex}"
+        # A broker that dies starts again and knows nothing: workers and submitters come to it anew.
         actor = ray.remote(Broker).options(
             num_cpus=0,
             max_concurrency=10_000,
             name=self.broker_name,
+            max_restarts=-1,
+            max_task_retries=-1,
             scheduling_strategy=cluster.on_this_node(),
         )
-        self.broker: Any = actor.remote(recycle_after)
+        self.broker: Any = actor.remote(recycle_after, RayProcesses())
         self._most = most
         self._shape = shape
         self._storage = storage
@@ -103,15 +108,19 @@ class WorkerPool:
 
     def run(self, job: Job) -> Finished | Failed:
         """Train one job outside Tune, to its end."""
-        ray.get(self.broker.submit.remote(job))
-        event: Event | None = None
-        while not isinstance(event, Finished | Failed):
-            event = ray.get(self.broker.advance.remote(job.id))
+        follower = Follower(self.broker, job)
+        while True:
+            event = follower.next()
+            assert not isinstance(event, Stopped), "a pool is halted only while Tune runs"
+            for incident in event.incidents:
+                logger.warning("%s goes on after epoch %d: %s", job.id, incident.epoch, incident.reason)
+            if not isinstance(event, Reported):
+                follower.stop()
+                return event
             if self._lifeline is not None:
                 self._lifeline.progressed()
-            for note in event.result.notes if isinstance(event, Reported) else ():
+            for note in event.result.notes:
                 logger.info("%s: %s", job.id, note)
-        return event
 
     def halt(self) -> None:
         """Jobs that no worker group holds are Stopped; those that one holds go on."""
@@ -219,7 +228,8 @@ class WorkerPool:
             # A group that finds no room is no worse for it: others have it, or its node is gone.
             idle_starts = 0 if served or _found_no_room(error) else idle_starts + 1
             if idle_starts >= _IDLE_STARTS_ALLOWED:
-                ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {error}"))
+                said = str(error).strip().splitlines() or [""]  # ends with the exception; the log has it all
+                ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {said[-1]}"))
                 return
 
     def _retires(self, group: str) -> bool:

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from hiertune.config import TrialConfig
 from hiertune.search.ledger import EndState, Ledger
 from hiertune.search.listeners import Listener
-from hiertune.search.messages import Job
+from hiertune.search.messages import Fault, Job
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class LedgerSearcher(Searcher):
         self._check = check
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
+        self._logged: set[tuple[int, str]] = set()
 
     def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
         if self._halted() or (self._enough() and not self._ledger.has_interrupted):
@@ -83,17 +84,21 @@ class LedgerSearcher(Searcher):
         return {"broker": self._broker, "job": self._make_job(trial.number, config)}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        self._report(self._live[trial_id], result)
+        trial = self._live[trial_id]
+        self._note(trial, result)
+        self._report(trial, result)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check()
         trial = self._live.pop(trial_id)
         result = result or {}
-        if result.get("state") == "interrupted":
-            return  # no worker had it; it goes on when the search resumes
-        state, reason = _verdict(result, error)
         seconds = time.monotonic() - self._begun.pop(trial_id)
+        self._note(trial, result)
+        if result.get("state") == "interrupted":
+            self._ledger.pause(trial, seconds)
+            return  # no worker had it; it goes on when the search resumes
+        state, reason, fault = _verdict(result, error)
         if state != "failed" and self.metric in result:
             self._report(trial, result)
         if state == "pruned" and self._halted():
@@ -107,18 +112,27 @@ class LedgerSearcher(Searcher):
             seconds=seconds,
             metrics=_metrics(result),
             reason=reason,
+            fault=fault,
         )
         self._listener.trial_ended(record)
         self._ledger.tell(trial, record)
 
     def _report(self, trial: Trial, result: dict) -> None:
         epoch = result["training_iteration"]
-        if self._ledger.has(trial, epoch):
-            return
+        if not self._ledger.has(trial, epoch):
+            self._listener.trial_reported(trial.number, epoch, _metrics(result))
+            self._ledger.report(trial, epoch, result[self.metric])
+
+    def _note(self, trial: Trial, result: dict) -> None:
+        """What is worth a line in the log, whether its epoch is new or repeated."""
+        for incident in self._ledger.note(trial, result.get("incidents", ())):
+            logger.warning(
+                "trial %d goes on after epoch %d: %s", trial.number, incident["epoch"], incident["reason"]
+            )
         for note in result.get("notes", ()):
-            logger.info("trial %d: %s", trial.number, note)
-        self._listener.trial_reported(trial.number, epoch, _metrics(result))
-        self._ledger.report(trial, epoch, result[self.metric])
+            if (trial.number, note) not in self._logged:
+                self._logged.add((trial.number, note))
+                logger.info("trial %d: %s", trial.number, note)
 
     def __getstate__(self) -> dict:
         """For Tune's snapshot, which is never restored."""
@@ -132,14 +146,14 @@ class LedgerSearcher(Searcher):
         raise AssertionError("a search is resumed from its ledger, never from Tune's snapshot")
 
 
-def _verdict(result: dict, error: bool) -> tuple[EndState, str | None]:
+def _verdict(result: dict, error: bool) -> tuple[EndState, str | None, Fault | None]:
     if error:
-        return "failed", "its trial actor died"
+        return "failed", "its trial actor died again and again", "lost"
     if result.get("state") == "failed":
-        return "failed", result["reason"]
+        return "failed", result["reason"], result["fault"]
     if result.get("state") == "completed":
-        return "completed", None
-    return "pruned", f"stopped by the scheduler after epoch {result.get('training_iteration', 0)}"
+        return "completed", None, None
+    return "pruned", f"stopped by the scheduler after epoch {result.get('training_iteration', 0)}", None
 
 
 def _metrics(result: dict) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from hiertune.config import TrialConfig
 from hiertune.search.budget import Budget, Ending
 from hiertune.search.display import Display
+from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord, Used
 
@@ -29,6 +30,7 @@ class Session:
     Args:
         budget: already knows the trials of earlier sessions.
         workers: processes that train one trial.
+        streak: of trials that failed for one cause; a broken one halts too.
         halt: called once, from that thread, when running trials shall end with their epochs.
         clock: seconds, from whenever.
     """
@@ -41,6 +43,7 @@ class Session:
         display: Display,
         workers: int,
         halt: Callable[[], None],
+        streak: FailureStreak,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
@@ -49,6 +52,7 @@ class Session:
         self._display = display
         self._workers = workers
         self._halt = halt
+        self._streak = streak
         self._clock = clock
         self._before = ledger.used()
         self._begun, self._begun_at = clock(), time.time()
@@ -87,7 +91,8 @@ class Session:
     def halted(self) -> bool:
         """Whether running trials shall end with their epochs and stay open."""
         ending = self.ending
-        return self._interruption.asked or (ending is not None and ending.cuts)
+        cut = ending is not None and ending.cuts
+        return cut or self._interruption.asked or self._streak.broken
 
     # ------------------------------------------------------------------------- listener
 
@@ -98,6 +103,7 @@ class Session:
 
     def trial_ended(self, record: TrialRecord) -> None:
         self._budget.trial_ended(record)
+        self._streak.trial_ended(record)
 
     # --------------------------------------------------------------------------- inside
 
@@ -114,12 +120,11 @@ class Session:
         if now - self._noted >= min(max(_LEAST_BEAT_S, 0.01 * (now - self._begun)), _LONGEST_BEAT_S):
             self._note()
         ending = None if self._interruption.asked else self.ending
-        if ending is None and not self._interruption.asked:
-            return
-        reason = "asked" if ending is None else ending.by
-        if reason not in {"trials", self._told}:
-            self._told = reason
-            self._display.stopping(ending)
+        if ending is not None or self._interruption.asked:
+            reason = "asked" if ending is None else ending.by
+            if reason not in {"trials", self._told}:
+                self._told = reason
+                self._display.stopping(ending)
         if self.halted and not self._halting:
             self._halting = True
             self._halt()

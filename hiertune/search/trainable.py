@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import ray
 from ray import tune
 
-from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped
+from hiertune.search.follower import Follower
+from hiertune.search.messages import Event, Failed, Finished, Reported, Stopped
 
 
 class TrialActor(tune.Trainable):
-    """One epoch of the job per `step`. Holds no resources: the worker groups hold them.
+    """One epoch of the job per `step`. Holds no resources: the worker groups hold them. It holds no state
+    either: when it dies, Tune starts another one, which follows the job that goes on being trained.
 
     A failure of the trial itself is a *result* (`state: failed`), not an exception: an exception
     would make Tune drop this actor and hide the reason from the ledger.
@@ -24,7 +29,10 @@ class TrialActor(tune.Trainable):
         return True
 
     def step(self) -> dict:
-        event = ray.get(self._broker.advance.remote(self._job.id))
+        event = self._follower.next()
+        return {**self._result(event), "incidents": [asdict(incident) for incident in event.incidents]}
+
+    def _result(self, event: Event) -> dict[str, Any]:
         match event:
             case Reported(result):
                 # Of a trial that resumes, Tune sees the epoch it is really at.
@@ -38,14 +46,13 @@ class TrialActor(tune.Trainable):
                     "notes": result.notes,
                     "done": result.last,
                 }
-            case Failed(reason):
-                return {"state": "failed", "reason": reason, "done": True}
+            case Failed(reason, fault):
+                return {"state": "failed", "reason": reason, "fault": fault, "done": True}
             case Stopped():
                 return {"state": "interrupted", "done": True}
-            case Finished():
+            case Finished(outcome):
                 # Only reached when a resumed checkpoint was already complete.
-                return {**event.outcome.metrics, "state": "completed", "done": True}
-        raise AssertionError(event)
+                return {**outcome.metrics, "state": "completed", "done": True}
 
     def cleanup(self) -> None:
         self._let_go()
@@ -56,16 +63,16 @@ class TrialActor(tune.Trainable):
         return {"epoch": self.iteration}
 
     def load_checkpoint(self, checkpoint: dict | None) -> None:
-        """The job resumed from its own checkpoint when it was submitted again."""
+        """The job resumed from its own checkpoint, which may be older, when it was submitted again."""
+        if checkpoint is not None:
+            self._follower.skip(checkpoint["epoch"])
 
     def _begin(self, config: dict) -> None:
-        self._broker = ray.get_actor(config["broker"])
-        self._job: Job = config["job"]
-        ray.get(self._broker.submit.remote(self._job))
+        self._follower = Follower(ray.get_actor(config["broker"]), config["job"])
         self._holds_job = True
 
     def _let_go(self) -> None:
         """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""
         if self._holds_job:
             self._holds_job = False
-            ray.get(self._broker.stop.remote(self._job.id))
+            self._follower.stop()

@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from hiertune.config import CrossEntropyConfig, EqualConfig, LinearHeadConfig, TrialConfig
+from hiertune.config import (
+    CrossEntropyConfig,
+    EqualConfig,
+    LinearHeadConfig,
+    TrialConfig,
+    WorkerGroupConfig,
+)
 from hiertune.data import HierarchicalDataset
 from hiertune.data.nearest import nearest_neighbour_predictions
 from hiertune.decoding import AS_TRAINED, DecodingRule
@@ -66,6 +72,7 @@ def measure(
     fit_on: tuple[str, ...],
     nearest: bool,
     rules: Mapping[str, Mapping[str, DecodingRule]],
+    faults: WorkerGroupConfig,
 ) -> dict[str, Contender]:
     """Train every config on `fit_on` and read the test split; plus the nearest neighbour, if asked.
 
@@ -82,6 +89,8 @@ def measure(
             test_on=("test",),
             rules=tuple(rule.model_dump(mode="json") for rule in (AS_TRAINED, *_of(label, rules).values())),
             export=True,
+            max_retries=faults.max_retries,
+            hang_timeout=faults.hang_timeout,
         )
         for label, config in configs.items()
     }

@@ -58,6 +58,10 @@ class Ended(Protocol):
     @property
     def params(self) -> Mapping[str, Any]: ...
     @property
+    def attempts(self) -> int: ...
+    @property
+    def fault(self) -> str | None: ...
+    @property
     def epochs(self) -> int: ...
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -147,10 +151,12 @@ class Tracker:
     def _is_new(self, step: int, name: str, value: float) -> bool:
         return repr(self._points.get((step, name))) != repr(value)  # NaN is NaN
 
-    def trial_ended(self, trial: int, state: str, reason: str | None = None) -> None:
+    def trial_ended(
+        self, trial: int, state: str, reason: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         """`state`: completed, pruned, failed or interrupted."""
         if self._runs[trial].end != (state, reason):
-            self._change("end", trial, reason, state=state, tags={})
+            self._change("end", trial, reason, state=state, tags=tags or {})
 
     def reconcile(self, ended: Iterable[Ended]) -> None:
         """Make the spool agree with the ledger about the trials that have ended.
@@ -165,7 +171,14 @@ class Tracker:
                 self.trial_started(record.number, record.params)
             if record.metrics and (run.step is None or run.step < record.epochs):
                 self.log(record.number, record.epochs, record.metrics)
-            self.trial_ended(record.number, record.state, record.reason)
+            self.end(record)
+
+    def end(self, record: Ended) -> None:
+        """How a trial ended, by the ledger."""
+        tags = {"hiertune.attempts": str(record.attempts)}
+        if record.fault is not None:
+            tags["hiertune.fault"] = record.fault
+        self.trial_ended(record.number, record.state, record.reason, tags)
 
     def artifact(self, trial: int | None, path: str | Path, artifact_path: str | None = None) -> None:
         """A file of the run folder, or a folder in it with all that is in it. It is read at delivery: leave

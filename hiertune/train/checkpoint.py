@@ -11,6 +11,7 @@ import os
 import pickle
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,42 @@ _DIGEST_BYTES = 4
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path`; the one before it is kept as a fallback."""
+    """Replace the checkpoint at `path`; the one before it is kept as a fallback.
+
+    After an OSError both are as they were, and nothing half-written is left.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(_MAGIC)
-        file.write(zlib.crc32(payload).to_bytes(_DIGEST_BYTES, "big"))
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "wb") as file:
+            file.write(_MAGIC)
+            file.write(zlib.crc32(payload).to_bytes(_DIGEST_BYTES, "big"))
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
     if path.exists():
         os.replace(path, _previous(path))
     os.replace(new, path)
     _sync_directory(path.parent)
 
 
-def read_checkpoint(path: Path) -> bytes | None:
-    """What `torch.save` wrote: the newest that is whole, or None if there is none."""
+def read_checkpoint(path: Path) -> tuple[bytes | None, str | None]:
+    """What `torch.save` wrote: the newest that is whole, or None if there is none; and what is damaged."""
+    damaged = None
     for candidate in (path, _previous(path)):
-        if candidate.exists() and (payload := _verified(candidate.read_bytes())) is not None:
-            return payload
-    return None
+        content = _content(candidate)
+        if content is not None and (payload := _verified(content)) is not None:
+            return payload, damaged and f"{damaged}: the one before it is used"
+        if content is not None:
+            damaged = f"the checkpoint {candidate} is damaged"
+    return None, damaged and f"{damaged}, and there is no other: training starts anew"
 
 
 def decode_checkpoint(payload: bytes) -> dict[str, Any]:
@@ -91,15 +104,29 @@ class CheckpointClock:
     def __init__(self) -> None:
         self._cost = 0.0
         self._last = time.monotonic()
+        self.failed = False
+        """A checkpoint could not be saved, and that was said."""
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         start = time.monotonic()
-        save_checkpoint(path, state)
-        self._last = time.monotonic()
-        self._cost = self._last - start
+        try:
+            save_checkpoint(path, state)
+        finally:  # what failed is not tried at every epoch
+            self._last = time.monotonic()
+            self._cost = self._last - start
+
+
+def _content(path: Path) -> bytes | None:
+    """None without a file; nothing where it can't be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return b""
 
 
 def _verified(content: bytes) -> bytes | None:

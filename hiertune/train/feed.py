@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,9 +25,16 @@ class Feed:
     augments) the next batch while this one is used; a GPU gets it through pinned memory.
     """
 
-    def __init__(self, inputs: Inputs, labels: np.ndarray, device: torch.device) -> None:
-        """`labels` int64 [N, L]"""
+    def __init__(
+        self,
+        inputs: Inputs,
+        labels: np.ndarray,
+        device: torch.device,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`labels` int64 [N, L]; `beat` is called for every batch."""
         self._inputs = inputs
+        self._beat = beat
         self._device = device
         self._labels = torch.tensor(labels, device=device)
         self._resident: Tensor | None = None
@@ -50,6 +57,7 @@ class Feed:
             self.seconds_waited += time.perf_counter() - start
             if batch is None:
                 return
+            self._beat()
             yield batch
 
     def _batch(self, rows: np.ndarray) -> Batch:

@@ -26,6 +26,7 @@ def run_trial(
     data: HierarchicalDataset,
     report: Report,
     *,
+    beat: Callable[[], None] = lambda: None,
     fit_on: tuple[str, ...] = ("train",),
     validate_on: tuple[str, ...] = ("val",),
     test_on: tuple[str, ...] = (),
@@ -40,12 +41,13 @@ def run_trial(
     After each epoch all workers call `report` with the same result, and must get the same decision;
     what it answers to the last epoch changes nothing. `test_on` is measured once, at the end, and its
     rows are named by each of `rules`.
+    `beat` is called for every batch that is trained or evaluated: who counts can tell a hang from hard work.
     `finish` is called on the first worker with the trained model, in evaluation mode.
 
     With a `checkpoint` path the first worker writes there after an epoch's report, if it is worth the
     time (`CheckpointClock`) or the trial is stopped; not after the last epoch. `resume` goes on from it:
     bit-identical to a run without a break, from the epoch after the checkpoint, which may have been
-    reported before.
+    reported before. A checkpoint that can't be written (a full disk) is done without, which is noted once.
 
     With a `keep_logits` path the validation split's base logits at the last epoch are written there before
     that epoch is reported (`hiertune.decoding.ValidationLogits`).
@@ -57,7 +59,7 @@ def run_trial(
         data.require_rows(*splits)
     device = pick_device(config.train)
     with trial_settings(config.train, device):
-        trial = Trial(config, data, fit_on, device)
+        trial = Trial(config, data, fit_on, device, beat)
         if checkpoint is not None and resume:
             trial.resume(checkpoint)
         clock = CheckpointClock()
@@ -67,7 +69,7 @@ def run_trial(
             if result.last:
                 break
             if checkpoint is not None and trial.workers.first and (stop or clock.due()):
-                clock.save(checkpoint, trial.state())
+                _save(clock, checkpoint, trial)
             if stop:
                 break
         tested: dict[str, float] = {}
@@ -102,3 +104,14 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | N
         input_seconds=input_seconds,
         notes=notes,
     )
+
+
+def _save(clock: CheckpointClock, path: Path, trial: Trial) -> None:
+    """A checkpoint is an insurance: training goes on without it, and the one before stays valid."""
+    try:
+        clock.save(path, trial.state())
+    except OSError as error:
+        if not clock.failed:
+            reason = error.strerror or error
+            trial.notes += (f"checkpoint of epoch {trial.epoch} could not be saved: {reason}",)
+        clock.failed = True

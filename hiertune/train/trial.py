@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -79,7 +79,12 @@ class Trial:
     """
 
     def __init__(
-        self, config: TrialConfig, data: HierarchicalDataset, fit_on: tuple[str, ...], device: torch.device
+        self,
+        config: TrialConfig,
+        data: HierarchicalDataset,
+        fit_on: tuple[str, ...],
+        device: torch.device,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         train = config.train
         self.config, self.data, self.fit_on, self.device = config, data, fit_on, device
@@ -96,7 +101,7 @@ class Trial:
         with self.workers.together():  # weights and features come from files, which one may fail to read
             self.model = model_of(config, data, taxonomy, fit_on).to(device)
             inputs = inputs_of(config, data, self.model, device)
-        self._feed = Feed(inputs, self._labels, device)
+        self._feed = Feed(inputs, self._labels, device, beat)
         self.plan = plan_of(config, data, inputs, rows, self._augmentation)
         check_batches(self.model, self.plan, self.workers)
 
@@ -110,7 +115,7 @@ class Trial:
         self._outcomes = outcome_levels(config.unknown, data)
 
         unused = self._unused_parameters()
-        self.notes = (note_on(unused),) if unused else ()
+        self.notes: tuple[str, ...] = (note_on(unused),) if unused else ()
         """What is worth a line in the log, until it was said."""
         self._network = distribute(self.model, self.workers, find_unused=bool(unused))
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -289,7 +294,7 @@ class Trial:
         return metrics
 
     def evaluate_and_keep(self, rows: np.ndarray, path: Path) -> dict[str, float]:
-        """`evaluate` on validation rows; the first worker writes their base logits to `path`."""
+        """`evaluate` on validation rows; the first worker writes their base logits to `path`, if it can."""
         shard = Pass(np.arange(len(rows))).shard(self.workers).rows
         taxonomy = self.model.head.taxonomy
         collector = LogitCollector(taxonomy, len(rows), shard, self.device)
@@ -297,7 +302,12 @@ class Trial:
         base = collector.gather(self.workers)
         if self.workers.first:
             seen = seen_classes(self.data.labels[self.plan.rows], taxonomy)
-            ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
+            try:
+                ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
+            except OSError as error:  # they choose how the winner's logits become names, no more
+                with suppress(OSError):
+                    path.with_name(path.name + ".new").unlink()
+                self.notes += (f"the validation logits could not be saved: {error.strerror or error}",)
         return metrics
 
     def evaluate_and_name(
@@ -329,7 +339,10 @@ class Trial:
 
         InputError if it is of another trial.
         """
-        payload = self.workers.from_first(read_checkpoint(path) if self.workers.first else None, self.device)
+        found, damage = read_checkpoint(path) if self.workers.first else (None, None)
+        if damage is not None:
+            self.notes += (damage,)
+        payload = self.workers.from_first(found, self.device)
         if payload is None:
             return
         try:

@@ -313,6 +313,21 @@ def test_a_search_in_which_nothing_is_completed_fails(hiertune, write_space):
     assert "no trial was completed; 2 of 2: train/loss is not finite at epoch 1" in done.stderr
 
 
+def test_a_search_whose_trials_fail_for_one_cause_stops_and_says_how_to_go_on(
+    hiertune, write_space, tmp_path
+):
+    text = SPACE.replace("{loguniform: [1.0e-3, 1.0e-1]}", "1.0e+30")
+    search = "max_consecutive_failures: 2, max_concurrent: 1"
+    done = hiertune("search", write_space(search, trials=9, text=text), capture_output=True)
+    assert done.returncode == 1
+    assert "2 trials in a row failed for one cause: train/loss is not finite at epoch 1" in done.stderr
+    assert "Mend it, then go on: " in done.stderr
+    assert "--resume" in done.stderr
+    assert [(row["state"], row["fault"]) for row in rows_of(tmp_path / "runs" / "small")] == [
+        ("failed", "diverged")
+    ] * 2
+
+
 def test_python_m_hiertune_search_is_the_same_command(write_space, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "hiertune.search", str(write_space()), "--dry-run"],

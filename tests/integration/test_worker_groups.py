@@ -83,11 +83,12 @@ def test_numbers_are_the_same_in_a_fresh_group_a_warm_one_and_after_failures(poo
     assert metrics(pool.run(make_job("after-divergence"))) == fresh
     assert generations(pool) == 1, "a loss that is not finite leaves the group sound"
 
-    (tmp_path / "file").write_text("not a folder")
-    # The checkpoint can't be written, so an exception ends the trial on one rank only.
-    raised = pool.run(make_job("raises", epochs=400, folder=tmp_path / "file" / "below"))
+    # The name of the logits' file is none, which ends the trial by an exception on one rank only.
+    raised = pool.run(make_job("raises", keep_logits=str(tmp_path / "a\0b")))
     assert isinstance(raised, Failed)
-    assert "NotADirectoryError" in raised.reason
+    assert raised.fault == "error"
+    assert raised.reason.startswith("ValueError: ")
+    assert "null byte" in raised.reason
     assert metrics(pool.run(make_job("after-exception"))) == fresh
     assert generations(pool) == 2, "after an exception the group is not trusted"
 

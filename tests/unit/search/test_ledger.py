@@ -455,23 +455,25 @@ def test_a_trial_that_the_scheduler_stopped_is_pruned_with_the_epoch_that_stoppe
 
 
 @pytest.mark.parametrize(
-    ("last", "error", "reason"),
+    ("last", "error", "reason", "fault"),
     [
         (
-            {"state": "failed", "reason": "train/loss is nan", "training_iteration": 2},
+            {"state": "failed", "reason": "train/loss is nan", "fault": "diverged", "training_iteration": 2},
             False,
             "train/loss is nan",
+            "diverged",
         ),
-        (None, True, "its trial actor died"),
+        (None, True, "its trial actor died again and again", "lost"),
     ],
 )
-def test_a_failed_trial_is_told_with_its_reason(search, last, error, reason):
+def test_a_failed_trial_is_told_with_its_reason(search, last, error, reason, fault):
     searcher, ledger, _, _ = search
     searcher.suggest("t")
     searcher.on_trial_result("t", result(1, 0.5, state="running"))
     searcher.on_trial_complete("t", last, error=error)
     assert ledger.study.trials[0].state == optuna.trial.TrialState.FAIL
-    assert ledger.records()[0].reason == reason
+    (record,) = ledger.records()
+    assert (record.reason, record.fault, record.attempts) == (reason, fault, 1)
 
 
 def test_an_interrupted_trial_stays_open_with_its_last_epoch_and_nothing_new_is_asked(search):
@@ -513,7 +515,30 @@ def test_what_a_trial_notes_is_logged_once(search, caplog):
         searcher.on_trial_result("t", result(1, 0.5, state="running", notes=("one", "two")))
         searcher.on_trial_result("t", result(2, 0.5, state="running", notes=()))
         searcher.on_trial_complete("t", result(2, 0.5, state="completed", notes=("once",)))
-    assert [record.getMessage() for record in caplog.records] == ["trial 0: one", "trial 0: two"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["trial 0: one", "trial 0: two", "trial 0: once"]
+
+
+KILLED = {"fault": "crashed", "reason": "worker 2 of 2 was killed", "epoch": 1, "time": 100.5}
+HUNG = {"fault": "hang", "reason": "no batch for 30 s at epoch 3", "epoch": 2, "time": 200.5}
+
+
+def test_what_a_trial_survived_reaches_ledger_and_log_once(search, path, caplog):
+    searcher, ledger, *_ = search
+    searcher.suggest("t")
+    with caplog.at_level("INFO", "hiertune"):
+        searcher.on_trial_result("t", result(1, 0.5, state="running", incidents=[]))
+        for _ in range(2):  # its actor was replaced
+            searcher.on_trial_result("t", result(2, 0.5, state="running", incidents=[KILLED]))
+        assert open_ledger(path, resume=True).records()[0].incidents == [KILLED], "as it happens"
+        searcher.on_trial_complete("t", result(3, 0.6, state="completed", incidents=[HUNG]))
+    (record,) = ledger.records()
+    assert (record.state, record.attempts, record.fault) == ("completed", 3, None)
+    assert record.incidents == [KILLED, HUNG]
+    assert [record.getMessage() for record in caplog.records] == [
+        "trial 0 goes on after epoch 1: worker 2 of 2 was killed",
+        "trial 0 goes on after epoch 2: no batch for 30 s at epoch 3",
+    ]
 
 
 def test_all_that_a_weighting_reports_is_passed_on(search):

@@ -3,7 +3,7 @@
 import pytest
 
 from hiertune.search.ledger import TrialRecord
-from hiertune.search.listeners import Checkpoints
+from hiertune.search.listeners import Checkpoints, TrackingListener
 from hiertune.search.outputs import RunFolder
 
 
@@ -64,3 +64,25 @@ def test_nothing_is_left_where_no_logits_are_kept(folder):
         checkpoints.trial_ended(end(folder, number, value=number / 10, logits=False))
     checkpoints.sweep()
     assert list((folder.root / "trials").iterdir()) == []
+
+
+class Spool:
+    def __init__(self):
+        self.ended = []
+
+    def trial_ended(self, *told):
+        self.ended.append(told)
+
+
+def test_tracking_is_told_how_often_a_trial_was_tried_and_what_ended_it():
+    spool = Spool()
+    incident = {"fault": "crashed", "reason": "killed", "epoch": 1, "time": 1.5}
+    for record in (
+        TrialRecord(0, "completed", {}, 0.5),
+        TrialRecord(1, "failed", {}, None, "killed", fault="crashed", incidents=[incident] * 3),
+    ):
+        TrackingListener(spool).trial_ended(record)
+    assert spool.ended == [
+        (0, "completed", None, {"hiertune.attempts": "1"}),
+        (1, "failed", "killed", {"hiertune.attempts": "4", "hiertune.fault": "crashed"}),
+    ]

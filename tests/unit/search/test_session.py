@@ -4,6 +4,7 @@ import pytest
 
 from hiertune.config import SearchSection
 from hiertune.search.budget import Budget
+from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord, Used
 from hiertune.search.session import Session
@@ -32,7 +33,14 @@ def begin(tmp_path):
         budget = Budget(SearchSection(**limits), trials, "max", ledger.ended())
         told, now = Told(), [1000.0]
         session = Session(
-            ledger, budget, interruption or Interruption(), told, 2, told.halt, clock=lambda: now[0]
+            ledger,
+            budget,
+            interruption or Interruption(),
+            told,
+            2,
+            told.halt,
+            FailureStreak(2),
+            clock=lambda: now[0],
         )
         return session, now, told
 
@@ -45,6 +53,17 @@ def trained(session, seconds):
 
 def completed(session, value):
     session.trial_ended(TrialRecord(0, "completed", {}, value))
+
+
+def test_a_streak_of_failures_halts_what_runs(begin):
+    session, _, told = begin()
+    for number in range(2):
+        session.look()
+        assert not session.halted
+        session.trial_ended(TrialRecord(number, "failed", {}, None, "no space left", fault="error"))
+    session.look()
+    assert session.halted
+    assert told.halts == 1
 
 
 def test_the_clock_ends_a_search_whose_trials_only_wait(begin):

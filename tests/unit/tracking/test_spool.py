@@ -47,6 +47,8 @@ class Record:
     params: dict = field(default_factory=lambda: dict(PARAMS))
     epochs: int = 0
     metrics: dict = field(default_factory=dict)
+    attempts: int = 1
+    fault: str | None = None
 
 
 def metrics(trial, epoch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -17,8 +18,12 @@ from hiertune.train.checkpoint import (
 
 
 def read(path):
-    payload = read_checkpoint(path)
+    payload, _ = read_checkpoint(path)
     return None if payload is None else decode_checkpoint(payload)
+
+
+def note(path):
+    return read_checkpoint(path)[1]
 
 
 @pytest.fixture
@@ -32,11 +37,12 @@ def path(tmp_path):
 def test_newest_comes_back(path):
     state = read(path)
     assert state["epoch"] == 2
+    assert note(path) is None
     assert torch.equal(state["tensor"], torch.arange(1000.0))
 
 
 def test_without_one_there_is_none(tmp_path):
-    assert read_checkpoint(tmp_path / "nothing") is None
+    assert read_checkpoint(tmp_path / "nothing") == (None, None)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "another file"])
@@ -52,12 +58,35 @@ def test_falls_back_to_the_one_before(path, damage):
         }[damage]
     )
     assert read(path)["epoch"] == 1
+    assert note(path) == f"the checkpoint {path} is damaged: the one before it is used"
 
 
 def test_none_if_all_are_damaged(path):
     for file in path.parent.iterdir():
         file.write_bytes(b"")
-    assert read_checkpoint(path) is None
+    assert read_checkpoint(path) == (
+        None,
+        f"the checkpoint {path}.previous is damaged, and there is no other: training starts anew",
+    )
+
+
+def test_one_that_cannot_be_read_is_damaged(path):
+    path.unlink()
+    path.mkdir()
+    assert read(path)["epoch"] == 1
+    assert note(path) == f"the checkpoint {path} is damaged: the one before it is used"
+
+
+def test_a_disk_that_is_full_leaves_both_and_no_half_of_a_third(path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(path, {"epoch": 3})
+    assert read(path)["epoch"] == 2
+    assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint", "checkpoint.previous"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -91,7 +120,7 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     save_checkpoint(tmp_path / "evil", {"state": Evil()})
-    payload = read_checkpoint(tmp_path / "evil")
+    payload, _ = read_checkpoint(tmp_path / "evil")
     assert payload is not None
     with pytest.raises(InputError):
         decode_checkpoint(payload)

@@ -392,7 +392,7 @@ def test_a_checkpoint_has_nothing_of_a_frozen_body_and_knows_its_weights_by_cont
 
     whole = numbers(alone(settings("a.pth"), data))
     alone(settings("a.pth"), data, checkpoint=tmp_path / "checkpoint", stop_at=1)
-    saved = decode_checkpoint(read_checkpoint(tmp_path / "checkpoint"))
+    saved = decode_checkpoint(read_checkpoint(tmp_path / "checkpoint")[0])
     assert {name.split(".")[1] for name in saved["model"]} == {"layers", "linear", "pixels"}
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
     assert isinstance(alone(settings("c.pth"), data, checkpoint=tmp_path / "checkpoint")["error"], InputError)

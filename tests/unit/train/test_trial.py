@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import pickle
 
 import numpy as np
@@ -462,6 +464,49 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(rich, data, alone, tm
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     resumed = alone(rich, data, checkpoint=checkpoint)
     assert comparable(resumed) == (whole[0][2:], *whole[1:])
+    assert f"the checkpoint {checkpoint} is damaged: the one before it is used" in resumed["reports"][0].notes
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_disk_that_is_full_costs_the_checkpoints_and_one_note(
+    rich, data, alone, tmp_path, every_epoch, monkeypatch, lasting
+):
+    whole, checkpoint = alone(rich, data), tmp_path / "trial" / "checkpoint"
+    real, full = os.fsync, [True]
+
+    def fsync(descriptor):
+        if full[0]:
+            full[0] = lasting
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hiertune.train.checkpoint.os.fsync", fsync)
+        record = alone(rich, data, checkpoint=checkpoint)
+    assert comparable(record) == comparable(whole)
+    said = [[note for note in report.notes if "checkpoint" in note] for report in record["reports"]]
+    assert said == [
+        [],
+        ["checkpoint of epoch 1 could not be saved: No space left on device"],
+        *([] for _ in range(2)),
+    ]
+    left = sorted(file.name for file in checkpoint.parent.iterdir())
+    assert left == ([] if lasting else ["checkpoint", "checkpoint.previous"])
+
+
+def test_logits_that_cannot_be_kept_cost_the_logits_and_a_note(config, data, alone, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    record = alone(config(), data, keep_logits=tmp_path / "file" / "logits")
+    assert comparable(record) == comparable(alone(config(), data))
+    assert record["reports"][-1].notes == ("the validation logits could not be saved: File exists",)
+
+
+def test_a_beat_for_every_batch_trained_or_evaluated(config, data, alone):
+    beats = []
+    settings = config(epochs=2, batch_size=8)
+    alone(settings, data, beat=lambda: beats.append(len(beats)))
+    steps, evaluated = math.ceil(45 / 8), 1
+    assert len(beats) in (2 * (steps + evaluated), 2 * (45 // 8 + evaluated))
 
 
 def test_resume_can_be_declined(config, data, alone, tmp_path):

@@ -1,0 +1,42 @@
+"""What the terminal says of a trial."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from hiertune.search.display import Display
+from hiertune.search.ledger import TrialRecord
+from hiertune.search.outputs import write_trials
+
+KILLED = {"fault": "crashed", "reason": "worker 2 of 2 was killed", "epoch": 1, "time": 1.5}
+HUNG = {"fault": "hang", "reason": "no batch for 30 s at epoch 3 [1]", "epoch": 2, "time": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("incidents", "words"),
+    [
+        ([], ""),
+        ([KILLED], " (went on: worker 2 of 2 was killed)"),
+        ([KILLED, HUNG], " (went on: 2 times, last no batch for 30 s at epoch 3 [1])"),
+    ],
+)
+def test_the_line_of_a_trial_says_what_it_survived(incidents, words):
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200), 3, "val/loss", "min", lambda: "")
+    display.trial_ended(TrialRecord(0, "completed", {}, 0.5, epochs=3, seconds=1.5, incidents=incidents))
+    assert out.getvalue().rstrip("\n") == f"\u2714 trial   0  0.5000    3 epochs    1.5 s  best so far{words}"
+
+
+def test_the_table_of_trials_has_attempts_and_fault(tmp_path):
+    records = [
+        TrialRecord(0, "completed", {}, 0.5, incidents=[KILLED]),
+        TrialRecord(1, "failed", {}, None, "killed", fault="crashed"),
+    ]
+    write_trials(tmp_path / "trials.csv", records)
+    lines = (tmp_path / "trials.csv").read_text().splitlines()
+    assert lines == [
+        "trial,state,reason,fault,attempts,epochs,seconds,objective",
+        "0,completed,,,2,0,0.0,0.5",
+        "1,failed,killed,crashed,1,0,0.0,",
+    ]
