@@ -530,11 +530,11 @@ def test_what_a_trial_survived_reaches_ledger_and_log_once(search, path, caplog)
         searcher.on_trial_result("t", result(1, 0.5, state="running", incidents=[]))
         for _ in range(2):  # its actor was replaced
             searcher.on_trial_result("t", result(2, 0.5, state="running", incidents=[KILLED]))
-        assert open_ledger(path, resume=True).records()[0].incidents == [KILLED], "as it happens"
+        assert open_ledger(path, resume=True).records()[0].incidents == (KILLED,), "as it happens"
         searcher.on_trial_complete("t", result(3, 0.6, state="completed", incidents=[HUNG]))
     (record,) = ledger.records()
     assert (record.state, record.attempts, record.fault) == ("completed", 3, None)
-    assert record.incidents == [KILLED, HUNG]
+    assert record.incidents == (KILLED, HUNG)
     assert [record.getMessage() for record in caplog.records] == [
         "trial 0 goes on after epoch 1: worker 2 of 2 was killed",
         "trial 0 goes on after epoch 2: no batch for 30 s at epoch 3",

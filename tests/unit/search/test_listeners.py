@@ -5,6 +5,7 @@ import pytest
 from hiertune.search.ledger import TrialRecord
 from hiertune.search.listeners import Checkpoints, TrackingListener
 from hiertune.search.outputs import RunFolder
+from hiertune.tracking import Tracker
 
 
 def left(folder):
@@ -66,7 +67,7 @@ def test_nothing_is_left_where_no_logits_are_kept(folder):
     assert list((folder.root / "trials").iterdir()) == []
 
 
-class Spool:
+class Spool(Tracker):
     def __init__(self):
         self.ended = []
 
