@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from hiertune._text import without_passwords
 from hiertune.errors import InputError
 
 PARAM = "param/"
@@ -99,7 +99,7 @@ def read_search(run_dir: Path) -> Search:
         curves=_read_curves(run_dir / "curves.csv", metric),
         importance={} if study is None else _importance(study),
         summary=summary,
-        space=_without_passwords(space.read_text("utf-8")) if space.exists() else "",
+        space=without_passwords(space.read_text("utf-8")) if space.exists() else "",
     )
 
 
@@ -198,7 +198,3 @@ def _importance(study: optuna.Study) -> dict[str, float]:
     if not any(len({str(trial.params.get(name)) for trial in completed}) > 1 for name in completed[0].params):
         return {}
     return optuna.importance.get_param_importances(study)
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"(://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import tune
 from rich.console import Console
+from rich.markup import escape
 
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
@@ -27,6 +28,7 @@ from hiertune.search.interrupt import Interruption
 from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
+from hiertune.search.mirror import Mirror, fetch_folder
 from hiertune.search.outputs import RunFolder, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
@@ -63,10 +65,12 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
     folder = plan.folder
     if not plan.resume:
         folder.create(plan.space.text)
-    with _logging_to(folder.log):
+    with _mirrored(folder, console) as mirror, _logging_to(folder.log):
         for text in plan.warnings:
             logger.warning("%s", text)
         ledger = Ledger.open(folder.ledger, plan.config.name, plan.mode, resume=plan.resume)
+        if mirror is not None:
+            ledger.told = mirror.told
         finished = _finished_summary(plan, ledger)
         if finished is not None:
             print_results(console, plan, ledger.records(), finished)
@@ -81,15 +85,16 @@ def run_search(plan: SearchPlan, console: Console) -> dict[str, Any]:
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        checkpoints = Checkpoints(folder, plan.mode, ledger.ended())
+        checkpoints = Checkpoints(mirror or folder, plan.mode, ledger.ended())
         listeners = Listeners([Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display])
         with _tracked(plan, tracker):
             with display, _cluster(display), _pool(plan) as pool:
                 display.resumed(ledger.ended())
-                best = _find_best(plan, ledger, pool, listeners, tracker)
+                best = _find_best(plan, ledger, pool, listeners, tracker, mirror)
                 config = plan.space.resolve(best.params)
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
                 display.say("choosing how the winner's logits become names")
+                folder.fetch_logits(best.number)
                 decoding = choose_rule(plan, best, config)
                 with Interruption(at_once=True):
                     contenders = _measure_winner(plan, pool, config, decoding, display)
@@ -112,6 +117,27 @@ def _finished_summary(plan: SearchPlan, ledger: Ledger) -> dict[str, Any] | None
         return None
     summary = json.loads(plan.folder.summary.read_text(encoding="utf-8"))
     return summary if sum(summary["trials"].values()) == ended else None
+
+
+@contextlib.contextmanager
+def _mirrored(folder: RunFolder, console: Console) -> Iterator[Mirror | None]:
+    """The run folder's mirror in storage, if the search has any; complete as far as the store allows."""
+    if folder.storage is None:
+        yield None
+        return
+
+    def say(text: str) -> None:
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    try:
+        mirror = Mirror(folder, say)
+    except OSError as error:
+        raise SearchFailed(f"{folder.storage} can't be written: {error}") from error
+    try:
+        yield mirror
+    finally:
+        if missing := mirror.close(_DELIVERY_PATIENCE_S):
+            say(f"not in storage yet: {', '.join(missing)}; the same command with --resume sends them")
 
 
 @contextlib.contextmanager
@@ -157,11 +183,14 @@ def _find_best(
     pool: WorkerPool,
     listeners: Listeners,
     tracker: Tracker,
+    mirror: Mirror | None,
 ) -> TrialRecord:
     """Run the trials that are left. Whatever comes, `trials.csv` then says how far the search got."""
     remaining = plan.trials - len(ledger.ended())
     try:
         with Interruption() as interruption:
+            if mirror is not None:
+                mirror.when_overtaken = interruption.ask
             if remaining > 0:
                 _run_trials(plan, ledger, pool, listeners, interruption, remaining)
     finally:
@@ -196,8 +225,8 @@ def _run_trials(
         return Job(
             f"trial-{number}",
             plan.located(config),
-            str(plan.folder.trial(number)),
-            keep_logits=str(plan.folder.logits(number)) if keep else None,
+            plan.folder.trial_place(number),
+            keep_logits=plan.folder.logits_place(number) if keep else None,
             max_retries=search.worker_group.max_retries,
             hang_timeout=search.worker_group.hang_timeout,
         )
@@ -237,18 +266,23 @@ def _measure_winner(
     display.say("measuring the winner and its controls on the test split")
     search = plan.config.search
     configs = {"winner": plan.located(config)}
-    folders = {"winner": plan.folder.root}
+    folders = {"winner": plan.folder.place()}
     if search.controls:
         configs["flat"] = plan.located(flat_control(plan.space))
-        folders["flat"] = plan.folder.root / "controls" / "flat"
+        folders["flat"] = plan.folder.place("controls", "flat")
     nearest = search.controls and is_features(plan.data)
     rules = {"flat": {"flat_crm": CRM}} if search.decode else {}
     if decoding.rule is not None:
         rules["winner"] = {DECODED: decoding.rule}
     try:
-        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules)
-    except RuntimeError as error:
+        contenders = measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules)
+        if plan.folder.storage is not None:
+            display.say("fetching the models from storage")
+            for name in ("model", "controls"):
+                fetch_folder(plan.folder.storage, name, plan.folder.root)
+    except (RuntimeError, OSError) as error:
         raise SearchFailed(str(error)) from error
+    return contenders
 
 
 def _why_nothing_won(records: list[TrialRecord]) -> str:

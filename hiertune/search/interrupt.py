@@ -29,6 +29,10 @@ class Interruption(tune.Stopper):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ask(self) -> None:
+        """Stop as after one Ctrl-C."""
+        self.asked = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked or self._at_once:
             raise KeyboardInterrupt

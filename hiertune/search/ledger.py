@@ -8,7 +8,7 @@ taken up again under its own number when the search resumes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,8 @@ class Ledger:
 
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
+        self.told: Callable[[], object] = lambda: None
+        """Called after every `tell`, when it is in the journal."""
         self._interrupted = [
             frozen for frozen in study.get_trials(deepcopy=False) if frozen.state == TrialState.RUNNING
         ]
@@ -125,6 +127,7 @@ class Ledger:
             trial.set_user_attr(key, attr)
         # A pruned trial's value is the last one it reported; Optuna takes it from there.
         frozen = self.study.tell(trial, value if state == "completed" else None, state=_STATES[state])
+        self.told()
         return _record(frozen)
 
     def records(self) -> list[TrialRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import traceback
 import uuid
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import ray
 import ray.train
 import torch.distributed as dist
 
-from hiertune.config import DataConfig
+from hiertune.config import DataConfig, TrialConfig
 from hiertune.data import HierarchicalDataset, open_dataset
 from hiertune.decoding import DecodingRule
 from hiertune.export import save_trained
+from hiertune.models import HierarchicalClassifier
 from hiertune.search.messages import Job, WorkerSetup
-from hiertune.train.checkpoint import remove_checkpoint
+from hiertune.storage import Folder, LocalFolder, patiently
+from hiertune.train.checkpoint import Checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialFailed
 
@@ -38,7 +41,8 @@ def work(config: dict) -> None:
 
 def _train(job: Job, link: _Link) -> None:
     """Train one job. This is the only place where what goes wrong in a trial becomes its state."""
-    checkpoint = Path(job.folder) / "checkpoint"
+    folder = Folder.at(job.folder)
+    checkpoint = str(folder.child("checkpoint"))
     try:
         data = _dataset(job.config.data)
         outcome = run_trial(
@@ -50,10 +54,8 @@ def _train(job: Job, link: _Link) -> None:
             test_on=job.test_on,
             rules=[DecodingRule.model_validate(rule) for rule in job.rules],
             checkpoint=checkpoint,
-            keep_logits=None if job.keep_logits is None else Path(job.keep_logits),
-            finish=(lambda model: save_trained(f"{job.folder}/model", model, job.config, data))
-            if job.export
-            else None,
+            keep_logits=job.keep_logits,
+            finish=(lambda model: _export(folder, model, job.config, data)) if job.export else None,
         )
     except TrialFailed as error:  # raised by all ranks together: the group is sound
         if link.rank == 0:
@@ -69,8 +71,20 @@ def _train(job: Job, link: _Link) -> None:
         raise
     if link.rank == 0:
         if job.export:
-            remove_checkpoint(checkpoint)  # the model is saved; a trial's goes when its end is told
+            Checkpoint(checkpoint).remove()  # the model is saved; a trial's goes when its end is told
         link.call("finish", link.number, outcome)
+
+
+def _export(
+    folder: Folder, model: HierarchicalClassifier, config: TrialConfig, data: HierarchicalDataset
+) -> None:
+    """Write the model to `model/` in the folder; to one that is not on this disk from a temporary place."""
+    if isinstance(folder, LocalFolder):
+        save_trained(folder.path / "model", model, config, data)
+        return
+    with tempfile.TemporaryDirectory(prefix="hiertune-") as here:
+        save_trained(here, model, config, data)
+        patiently(folder.upload, Path(here), "model")
 
 
 @functools.lru_cache(maxsize=2)

@@ -28,6 +28,7 @@ from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models.timm_backbone import TimmBackbone
+from hiertune.storage import Folder
 from hiertune.train.batches import FIRST_WORKER, Pass, Step, random_stream
 from hiertune.train.build import (
     augmentation_of,
@@ -38,7 +39,7 @@ from hiertune.train.build import (
     model_of,
     plan_of,
 )
-from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.checkpoint import Checkpoint, decode_checkpoint
 from hiertune.train.feed import Feed
 from hiertune.train.logits import Collector, LabelCollector, LogitCollector
 from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
@@ -110,7 +111,7 @@ class Trial:
         self._outcomes = outcome_levels(config.unknown, data)
 
         unused = self._unused_parameters()
-        self.notes = (note_on(unused),) if unused else ()
+        self.notes: tuple[str, ...] = (note_on(unused),) if unused else ()
         """What is worth a line in the log, until it was said."""
         self._network = distribute(self.model, self.workers, find_unused=bool(unused))
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -288,8 +289,11 @@ class Trial:
                 raise TrialFailed(f"{name} is {value} at epoch {self.epoch}")
         return metrics
 
-    def evaluate_and_keep(self, rows: np.ndarray, path: Path) -> dict[str, float]:
-        """`evaluate` on validation rows; the first worker writes their base logits to `path`."""
+    def evaluate_and_keep(self, rows: np.ndarray, address: str | Path) -> dict[str, float]:
+        """`evaluate` on validation rows; the first worker writes their base logits to `address`.
+
+        In storage that can't be reached they are not kept, and a note says so.
+        """
         shard = Pass(np.arange(len(rows))).shard(self.workers).rows
         taxonomy = self.model.head.taxonomy
         collector = LogitCollector(taxonomy, len(rows), shard, self.device)
@@ -297,7 +301,14 @@ class Trial:
         base = collector.gather(self.workers)
         if self.workers.first:
             seen = seen_classes(self.data.labels[self.plan.rows], taxonomy)
-            ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
+            folder, name = Folder.of_file(address)
+            content = ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).encode()
+            try:
+                folder.write_bytes(name, content)
+            except OSError as error:
+                if folder.local:
+                    raise
+                self.notes += (f"its validation logits could not be kept: {error}",)
         return metrics
 
     def evaluate_and_name(
@@ -324,19 +335,19 @@ class Trial:
             "scaler": self._scaler.state_dict(),
         }
 
-    def resume(self, path: Path) -> None:
-        """Go on from the checkpoint at `path`, as the first worker sees it; without one, from the start.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from the checkpoint, as the first worker sees it; without one, from the start.
 
         InputError if it is of another trial.
         """
-        payload = self.workers.from_first(read_checkpoint(path) if self.workers.first else None, self.device)
+        payload = self.workers.from_first(checkpoint.read() if self.workers.first else None, self.device)
         if payload is None:
             return
         state = decode_checkpoint(payload)
         if state["trial"] != self._identity:
             raise InputError(
                 "this checkpoint is of another config, data set or choice of splits",
-                file=path,
+                file=str(checkpoint),
                 allowed="the folder of this very trial, or an empty one",
             )
         self.epoch, self.steps = state["epoch"], state["steps"]

@@ -29,7 +29,7 @@ from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.batches import BatchPlan
-from hiertune.train.checkpoint import CheckpointClock
+from hiertune.train.checkpoint import Checkpoint, CheckpointClock
 from hiertune.train.loop import run_trial
 from hiertune.train.result import TrialFailed
 from hiertune.train.settings import trial_settings
@@ -450,7 +450,7 @@ def test_evaluation_after_resuming_is_that_before(rich, data, alone, tmp_path):
     cpu = torch.device("cpu")
     with trial_settings(rich.train, cpu):
         trial = Trial(rich, data, ("train",), cpu)
-        trial.resume(tmp_path / "checkpoint")
+        trial.resume(Checkpoint(tmp_path / "checkpoint"))
         metrics = trial.evaluate("val", data.rows("val"))
     assert metrics.items() <= stopped["outcome"].metrics.items()
 
