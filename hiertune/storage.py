@@ -11,13 +11,16 @@ is not on this disk is opened.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import glob
 import os
 import shutil
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -174,7 +177,7 @@ class LocalFolder(Folder):
 
     def remove(self, name: str) -> None:
         file = self._file(name)
-        for path in (file, _unfinished(file)):
+        for path in (file, *file.parent.glob(f"{glob.escape(file.name)}.*{_UNFINISHED}")):
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -432,6 +435,28 @@ def patiently(call: Callable[..., T], *args: Any, seconds: float = 60.0) -> T:
         wait = min(2 * wait, 8.0)
 
 
+@contextlib.contextmanager
+def local_copy(address: str, *parts: str) -> Iterator[Path]:
+    """A folder of this disk with what a folder anywhere has; of one elsewhere, `parts` by their beginnings.
+
+    InputError if there is nothing, or the place can't be read.
+    """
+    folder = Folder.at(address)
+    if isinstance(folder, LocalFolder):
+        yield Path(address)
+        return
+    with tempfile.TemporaryDirectory(prefix="hiertune-") as here:
+        try:
+            names = [name for name in folder.sizes(deep=True) if not parts or name.startswith(parts)]
+            for name in names:
+                folder.download(name, Path(here) / name)
+        except OSError as error:
+            raise InputError(f"{shown_address(address)!r} {_explained(error)}") from None
+        if not names:
+            raise InputError(f"there is nothing in {shown_address(address)}")
+        yield Path(here)
+
+
 def _try_out(text: str, scheme: str) -> None:
     folder = Folder.at(text) if scheme == "file" else RemoteFolder.open(text, patient=False)
     name = f".hiertune-{os.getpid()}-{time.time_ns()}"
@@ -552,13 +577,16 @@ def _checked(name: str) -> str:
 
 
 def _unfinished(file: Path) -> Path:
-    return file.with_name(file.name + _UNFINISHED)
+    """A name that no other writer of `file` has."""
+    return file.with_name(f"{file.name}.{os.getpid()}-{threading.get_native_id()}{_UNFINISHED}")
 
 
 def _files(source: Path) -> list[tuple[str, Path]]:
     """The files of a folder by their names in it; a file is its own, without a name."""
     if source.is_file():
         return [("", source)]
+    if not source.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     return [(p.relative_to(source).as_posix(), p) for p in sorted(source.rglob("*")) if p.is_file()]
 
 

@@ -91,7 +91,12 @@ class FaultyWay:
             if fault == "hang":
                 self._healed.wait(120)
                 return
-            body = stream.read(length // 2 if fault == "cut" else length)
+            if "chunked" in headers.get("transfer-encoding", ""):
+                body = _chunks(stream)
+            else:
+                body = stream.read(length)
+            if fault == "cut":
+                body = body[: len(body) // 2]
             if isinstance(fault, int):
                 code = "SlowDown" if fault == 503 else "InternalError"
                 text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>try later</Message></Error>"
@@ -115,3 +120,19 @@ class FaultyWay:
                 while data := server.recv(1 << 16):
                     if fault != "lost":
                         client.sendall(data)
+
+
+def _chunks(stream) -> bytes:
+    """A chunked body as it came, up to the end of its trailer."""
+    body = b""
+    while True:
+        line = stream.readline()
+        body += line
+        size = int(line.split(b";")[0], 16)
+        if size == 0:
+            break
+        body += stream.read(size + 2)
+    while line not in (b"\r\n", b""):
+        line = stream.readline()
+        body += line
+    return body

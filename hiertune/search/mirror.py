@@ -432,11 +432,11 @@ class Mirror:
 
     def _lost(self, error: OSError) -> None:
         text = " ".join(str(error).split())
-        with self._changed:
-            first, self._problem = self._problem is None, text
-            self._changed.notify_all()
-        if first:
+        if self._problem is None:
             self._tell(f"storage fails, the search goes on and sends what is missing later: {text}")
+        with self._changed:
+            self._problem = text
+            self._changed.notify_all()
 
     def _found(self) -> None:
         with self._changed:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hiertune.errors import InputError
 from hiertune.storage import (
     Folder,
-    LocalFolder,
     RemoteFolder,
     check_address,
+    local_copy,
     open_storage,
     patiently,
     shown_address,
@@ -54,11 +54,11 @@ def test_what_is_written_is_read(folder):
     assert not folder.exists("sub"), "a folder is no file"
 
 
-def test_what_is_missing(folder):
+def test_what_is_missing(folder, tmp_path):
     with pytest.raises(FileNotFoundError):
         folder.read_bytes("a")
     with pytest.raises(FileNotFoundError):
-        folder.download("a", LocalFolder(os.getcwd()).path / "never")
+        folder.download("a", tmp_path / "never")
     folder.remove("a")
     folder.clear()
     assert folder.modified("a") is None
@@ -223,7 +223,7 @@ BAD = {
     f"s3://bucket/x?endpoint_override=http://u:{SECRET}@host": "credentials must not stand in an address",
     f"gs://me:{SECRET}@bucket/x": "credentials must not stand in an address",
     f"abfs://account:{SECRET}@container/x": "credentials must not stand in an address",
-    f"abfs://box@account.dfs.core.windows.net/x?sas_token={SECRET}": "credentials must not stand in an address",
+    f"abfs://box@account/x?sas_token={SECRET}": "credentials must not stand in an address",
     f"hdfs://me:{SECRET}@host/x": "credentials must not stand in an address",
 }
 
@@ -243,8 +243,17 @@ def test_a_bad_address_is_refused_in_words(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["/x", "x y", "s3://b", "s3://b/x?region=eu&endpoint_override=h:9", "gs://anonymous@b/x", "gcs://b/x"]
-    + ["abfs://box@account.dfs.core.windows.net/x", "abfss://box@a/x", "hdfs://me@host:9000/x", "file:///x"],
+    [
+        *(
+            "/x",
+            "x y",
+            "s3://b",
+            "s3://b/x?region=eu&endpoint_override=h:9",
+            "gs://anonymous@b/x",
+            "gcs://b/x",
+        ),
+        *("abfs://box@a.dfs.core.windows.net/x", "abfss://box@a/x", "hdfs://me@host:9000/x", "file:///x"),
+    ],
 )
 def test_a_good_address_is_shown_as_it_is(text):
     check_address(text)
@@ -352,3 +361,21 @@ def test_patience():
     answers = iter([OSError("down")] * 3)
     with pytest.raises(OSError, match="down"):
         patiently(call, 1, seconds=0.1)
+
+
+def test_a_local_copy_of_what_is_far_away(s3_folder, tmp_path):
+    folder = Folder.at(s3_folder)
+    for name in ("model/model.json", "model/deep/x", "summary.json", "ledger.log.parts/1"):
+        folder.write_bytes(name, name.encode())
+    with local_copy(s3_folder, "model/", "summary.json") as here:
+        found = {
+            path.relative_to(here).as_posix(): path.read_text() for path in here.rglob("*") if path.is_file()
+        }
+    assert found == {name: name for name in ("model/model.json", "model/deep/x", "summary.json")}
+    assert not here.exists()
+    with local_copy(f"{s3_folder}/model") as here:
+        assert (here / "model.json").exists()
+    with local_copy(str(tmp_path / "runs")) as here:
+        assert here == tmp_path / "runs"
+    with pytest.raises(InputError, match="there is nothing in s3://"), local_copy(f"{s3_folder}/none"):
+        pass

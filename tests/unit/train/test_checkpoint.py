@@ -159,7 +159,7 @@ def test_remove_leaves_nothing(path):
 
 
 def test_remove_takes_unfinished_ones_too(tmp_path):
-    (tmp_path / "checkpoint.new").write_bytes(b"unfinished")
+    (tmp_path / "checkpoint.77-1.new").write_bytes(b"unfinished")
     Checkpoint(tmp_path / "checkpoint").remove()
     assert list(tmp_path.iterdir()) == []
 
