@@ -71,8 +71,9 @@ def run_trial(
             stop = report(result) is Decision.STOP
             if result.last:
                 break
-            if clock is not None and (stop or clock.due()):
-                clock.save(trial.state(), wait=stop)
+            if clock is not None:
+                if stop or clock.due():
+                    clock.save(trial.state(), wait=stop)
                 trial.notes += clock.notes()
             if stop:
                 break
