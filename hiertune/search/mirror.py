@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hiertune.errors import InputError
-from hiertune.search.outputs import LOGITS, RunFolder
+from hiertune.search.outputs import LOGITS, SESSION, RunFolder
 from hiertune.storage import Folder, patiently
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ LEDGER = "ledger.log"
 GROWING = ("tracking.jsonl", "curves.csv", LEDGER, "search.log")
 """Files that are only appended to, by lines. What the ledger says of trials, the first two must have too."""
 WHOLE = ("*.yaml", "*.csv", "*.json", "*.html")
-SESSION = "session.json"
 _OWN = ".session"
 """In the run folder: the session that wrote it last, and where it is stored."""
 
@@ -273,7 +272,7 @@ class Mirror:
         Raises InputError while another process runs the search; OSError if the store fails.
         """
         assert folder.storage is not None
-        self._root, self._storage, self._say = folder.root, folder.storage, say
+        self._folder, self._root, self._storage, self._say = folder, folder.root, folder.storage, say
         refuse_running(self._storage)
         self.session = Session.new()
         self.session.write(self._storage)
@@ -308,7 +307,8 @@ class Mirror:
             return self._done >= asked
 
     def remove_trial(self, number: int) -> None:
-        """Remove what a trial left in storage, soon."""
+        """Remove what a trial left, in storage soon."""
+        self._folder.remove_trial(number)
         self._later(number, False)
 
     def keep_logits(self, number: int) -> None:
@@ -483,17 +483,23 @@ def bring_back(folder: RunFolder) -> None:
 
 
 def fetch(storage: Folder, root: Path) -> None:
-    """Make `root` from what storage has of a search; a folder there is replaced. All or nothing."""
+    """Make `root` from what storage has of a search; a folder there is replaced. All or nothing.
+
+    Nothing is made of a search that ended before its space was stored.
+    """
     new = root.with_name(f".{root.name}.restoring")
     old = root.with_name(f".{root.name}.replaced")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    names = storage.sizes()
+    if "space.yaml" not in names:
+        return
     new.mkdir(parents=True)
     for name in GROWING:
         content = patiently(read_parts, storage.child(f"{name}.parts"))
         if content:
             (new / name).write_bytes(content)
-    for name in storage.sizes():
+    for name in names:
         if name != SESSION and any(Path(name).match(pattern) for pattern in WHOLE):
             patiently(storage.download, name, new / name)
     for name in ("model", "controls"):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused searc
 
 
 LOGITS = "val_logits.safetensors"
+SESSION = "session.json"
+"""In storage: who runs the search."""
 
 
 class RunFolder:
@@ -80,7 +82,7 @@ class RunFolder:
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
         there: Path | Folder | None = self.root if self.root.exists() else None
-        if there is None and self.storage is not None and self.storage.sizes(deep=True):
+        if there is None and self.storage is not None and self.storage.sizes(deep=True).keys() - {SESSION}:
             there = self.storage
         if there is not None:
             raise InputError(

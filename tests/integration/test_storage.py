@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -127,7 +126,10 @@ def test_nothing_told_is_lost_with_the_machine(start_hiertune, hiertune, write_s
     assert [row["trial"] for row in rows] == ["0", "1", "2"]
     assert {row["state"] for row in rows} == {"completed"}
     expected = rows_of(tmp_path / "whole" / "whole")
-    for row, same in zip(rows, expected, strict=True):
+    lr = "param/optimizer.lr"  # what was asked after the kill is drawn anew
+    alike = [(row, same) for row, same in zip(rows, expected, strict=True) if row[lr] == same[lr]]
+    assert len(alike) >= len(told)
+    for row, same in alike:
         for key in ("objective", "epochs", "val/loss", "train/loss"):
             assert row[key] == same[key], key
     points = {row[:3] for row in curves_of(tmp_path / "there" / "kept")}
@@ -157,8 +159,10 @@ def ended_by_ray(folder, seconds=120):
 def no_secret_in(folder):
     """No file of the searches, of MLflow or of Ray has the key."""
     secret = s3.SECRET_KEY.encode()
-    session = Path("/tmp/ray/session_latest").resolve()
-    for root in (folder, session):
+    begun = folder.stat().st_ctime - 600
+    sessions = [path for path in Path("/tmp/ray").glob("session_2*") if path.stat().st_mtime > begun]
+    assert sessions
+    for root in (folder, *sessions):
         for path in root.rglob("*"):
             if path.is_file() and path.stat().st_size < 50 << 20:
                 assert secret not in path.read_bytes(), path
@@ -181,4 +185,3 @@ def test_what_is_wrong_is_said_before_anything_starts(hiertune, write_space, s3_
         assert s3.SECRET_KEY not in refused.stderr + refused.stdout
         assert "Traceback" not in refused.stderr
         assert not (tmp_path / "runs").exists()
-    assert sys.version_info  # the command line is that of this interpreter

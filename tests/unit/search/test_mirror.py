@@ -363,3 +363,10 @@ def test_fetching_is_all_or_nothing(run, elsewhere, monkeypatch):
     assert elsewhere.ledger.read_text() == "told\n"
     assert shutil.rmtree is real
     assert [path.name for path in elsewhere.root.parent.iterdir()] == ["search"]
+
+
+def test_of_a_search_that_died_at_once_nothing_comes_back_and_its_name_is_free(storage, elsewhere):
+    Session.new().write(storage)
+    bring_back(elsewhere)
+    assert not elsewhere.root.exists()
+    elsewhere.require_new()
