@@ -200,9 +200,14 @@ class LocalFolder(Folder):
         file = self._file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         new = _unfinished(file)
-        yield new
-        _sync(new)
-        os.replace(new, file)
+        try:
+            yield new
+            _sync(new)
+            os.replace(new, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
         _sync(file.parent)
 
 

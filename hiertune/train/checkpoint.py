@@ -53,16 +53,17 @@ class Checkpoint:
         self._folder.write_bytes(name, b"".join((_MAGIC, counted, digest, content)))
         self._last = number, name
 
-    def read(self) -> bytes | None:
-        """The content of the newest that is whole, or None if there is none."""
+    def read(self) -> tuple[bytes | None, str | None]:
+        """The content of the newest that is whole, or None if there is none; and what is damaged."""
         found = self._headers()
         most = max(found, default=(0, ""))[0]
-        for _, name in sorted(found, reverse=True):
-            content = patiently(self._folder.read_bytes, name)
-            if (payload := _verified(content)) is not None:
+        damaged = None
+        for _, name in sorted(found, key=lambda each: (each[0] > 0, -each[0])):
+            if (payload := _verified(self._content(name))) is not None:
                 self._last = most, name  # what is damaged is the next to be overwritten
-                return payload
-        return None
+                return payload, damaged and f"{damaged}: the one before it is used"
+            damaged = f"the checkpoint {self._folder.child(name)} is damaged"
+        return None, damaged and f"{damaged}, and there is no other: training starts anew"
 
     def remove(self) -> None:
         """Remove both files, and unfinished ones."""
@@ -70,15 +71,26 @@ class Checkpoint:
             self._folder.remove(name)
 
     def _headers(self) -> list[tuple[int, str]]:
-        """Number and name of the files that are there, damaged ones too."""
+        """Number and name of the files that are there; of a damaged one the number may be 0."""
         found = []
         for name in self._names:
             with contextlib.suppress(FileNotFoundError):
-                header = patiently(self._folder.read_bytes, name, _HEADER_BYTES)
-                if header.startswith(_MAGIC) and len(header) == _HEADER_BYTES:
-                    number = header[len(_MAGIC) : len(_MAGIC) + _NUMBER_BYTES]
-                    found.append((int.from_bytes(number, "big"), name))
+                header = self._content(name, _HEADER_BYTES)
+                known = header.startswith(_MAGIC) and len(header) == _HEADER_BYTES
+                number = header[len(_MAGIC) : len(_MAGIC) + _NUMBER_BYTES] if known else b""
+                found.append((int.from_bytes(number, "big"), name))
         return found
+
+    def _content(self, name: str, first: int | None = None) -> bytes:
+        """Nothing of a file on this disk that can't be read; a store may be back in a while."""
+        if not self.local:
+            return patiently(self._folder.read_bytes, name, first)
+        try:
+            return self._folder.read_bytes(name, first)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return b""
 
 
 def encode_checkpoint(state: dict[str, Any]) -> bytes:
@@ -98,8 +110,8 @@ class CheckpointClock:
     So a trial of short epochs is not slowed down by writing them all, and what a kill can cost stays
     small: an epoch, or `least_seconds`, or twenty times what a checkpoint takes, whichever is longest.
 
-    To a folder that is not on this disk it is sent while training goes on, one at a time. If that fails,
-    training goes on too: `notes` says so, and the next one is tried in its turn.
+    To a folder that is not on this disk it is sent while training goes on, one at a time. A checkpoint is
+    an insurance: where it can't be saved training goes on, the one before stays valid, and `notes` says so.
     """
 
     share = 0.05
@@ -111,7 +123,8 @@ class CheckpointClock:
         self._last = time.monotonic()
         self._sender = None if checkpoint.local else ThreadPoolExecutor(1, "checkpoint")
         self._sending: Future[None] | None = None
-        self._failing = False
+        self._failed = False
+        """A checkpoint could not be saved, and that was said."""
         self._notes: list[str] = []
 
     def __enter__(self) -> CheckpointClock:
@@ -132,11 +145,10 @@ class CheckpointClock:
         start = time.monotonic()
         content = encode_checkpoint(state)
         if self._sender is None:
-            self._checkpoint.save(content)
-            self._took(start)
+            self._write(content, state["epoch"], start)
             return
         self._last = time.monotonic()
-        self._sending = self._sender.submit(self._send, content)
+        self._sending = self._sender.submit(self._write, content, state["epoch"])
         if wait:
             self._sending.result()
 
@@ -145,21 +157,17 @@ class CheckpointClock:
         notes, self._notes = self._notes, []
         return tuple(notes)
 
-    def _send(self, content: bytes) -> None:
-        start = time.monotonic()
+    def _write(self, content: bytes, epoch: int, start: float | None = None) -> None:
+        start = time.monotonic() if start is None else start
         try:
             self._checkpoint.save(content)
         except OSError as error:
-            logger.warning("a checkpoint could not be saved: %s", error)
-            if not self._failing:
-                self._notes.append(f"its checkpoint could not be saved, training goes on: {error}")
-            self._failing = True
-        else:
-            self._failing = False
-        self._took(start)
-
-    def _took(self, start: float) -> None:
-        self._last = time.monotonic()
+            note = f"checkpoint of epoch {epoch} could not be saved: {error.strerror or error}"
+            logger.warning("%s", note)
+            if not self._failed:
+                self._notes.append(note)
+            self._failed = True
+        self._last = time.monotonic()  # what failed is not tried at every epoch
         self._cost = self._last - start
 
 

@@ -292,7 +292,7 @@ class Trial:
     def evaluate_and_keep(self, rows: np.ndarray, address: str | Path) -> dict[str, float]:
         """`evaluate` on validation rows; the first worker writes their base logits to `address`.
 
-        In storage that can't be reached they are not kept, and a note says so.
+        Where they can't be written they are not kept, and a note says so.
         """
         shard = Pass(np.arange(len(rows))).shard(self.workers).rows
         taxonomy = self.model.head.taxonomy
@@ -305,10 +305,8 @@ class Trial:
             content = ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).encode()
             try:
                 folder.write_bytes(name, content)
-            except OSError as error:
-                if folder.local:
-                    raise
-                self.notes += (f"its validation logits could not be kept: {error}",)
+            except OSError as error:  # they choose how the winner's logits become names, no more
+                self.notes += (f"the validation logits could not be saved: {error.strerror or error}",)
         return metrics
 
     def evaluate_and_name(
@@ -340,7 +338,10 @@ class Trial:
 
         InputError if it is of another trial.
         """
-        payload = self.workers.from_first(checkpoint.read() if self.workers.first else None, self.device)
+        found, damage = checkpoint.read() if self.workers.first else (None, None)
+        if damage is not None:
+            self.notes += (damage,)
+        payload = self.workers.from_first(found, self.device)
         if payload is None:
             return
         state = decode_checkpoint(payload)

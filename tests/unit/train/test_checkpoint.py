@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
@@ -17,7 +18,7 @@ def save(path, state):
 
 
 def read(path):
-    payload = Checkpoint(path).read()
+    payload, _ = Checkpoint(path).read()
     return None if payload is None else decode_checkpoint(payload)
 
 
@@ -58,7 +59,7 @@ def test_two_files_take_turns(path):
     checkpoint._last = (254, newest)
     for epoch in range(255, 258):  # numbers need more than one byte
         checkpoint.save(b"%d" % epoch)
-        assert Checkpoint(path).read() == b"%d" % epoch
+        assert Checkpoint(path).read() == (b"%d" % epoch, None)
     assert folder.names() == sorted([newest, other])
 
 
@@ -76,9 +77,10 @@ def test_falls_back_to_the_one_before(path, damage):
     }[damage]
     folder.write_bytes(newest, broken)
     checkpoint = Checkpoint(path)
-    payload = checkpoint.read()
+    payload, note = checkpoint.read()
     assert payload is not None
     assert decode_checkpoint(payload)["epoch"] == 1
+    assert note == f"the checkpoint {folder.child(newest)} is damaged: the one before it is used"
     checkpoint.save(encode_checkpoint({"epoch": 3}))
     assert read(path)["epoch"] == 3
     assert other in folder.names()
@@ -98,7 +100,32 @@ def test_none_if_all_are_damaged(path):
     folder, *names = files(path)
     for name in names:
         folder.write_bytes(name, b"")
-    assert read(path) is None
+    payload, note = Checkpoint(path).read()
+    assert payload is None
+    assert note.endswith(" is damaged, and there is no other: training starts anew")
+
+
+def test_one_that_cannot_be_read_is_damaged(tmp_path):
+    path = tmp_path / "checkpoint"
+    save(path, {"epoch": 1})
+    (tmp_path / "checkpoint.other").mkdir()
+    assert read(path)["epoch"] == 1
+
+
+def test_a_disk_that_is_full_leaves_both_and_no_half_of_a_third(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint"
+    save(path, {"epoch": 1})
+    save(path, {"epoch": 2})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save(path, {"epoch": 3})
+    assert read(path)["epoch"] == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint", "checkpoint.other"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -147,7 +174,7 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     save(tmp_path / "evil", {"state": Evil()})
-    payload = Checkpoint(tmp_path / "evil").read()
+    payload, _ = Checkpoint(tmp_path / "evil").read()
     assert payload is not None
     with pytest.raises(pickle.UnpicklingError):
         decode_checkpoint(payload)
@@ -197,7 +224,7 @@ def test_the_clock_keeps_the_cost_at_a_twentieth(now):
     assert not clock.due()
     now[0] += 0.2
     assert clock.due()
-    clock.save({})
+    clock.save({"epoch": 1})
     now[0] += 59.0
     assert not clock.due()
     now[0] += 1.1
@@ -206,7 +233,7 @@ def test_the_clock_keeps_the_cost_at_a_twentieth(now):
 
 def test_training_does_not_wait_for_a_place_far_away(now):
     place = Slow(now, 3.0, local=False)
-    state = {"weight": torch.zeros(3)}
+    state = {"epoch": 1, "weight": torch.zeros(3)}
     with CheckpointClock(place) as clock:
         place.gate.clear()
         clock.save(state)
@@ -222,23 +249,23 @@ def test_training_does_not_wait_for_a_place_far_away(now):
         now[0] += 1.1
         assert clock.due()
         place.gate.clear()
-        clock.save({"weight": torch.full((3,), 2.0)})
+        clock.save({"epoch": 2, "weight": torch.full((3,), 2.0)})
         place.gate.set()
     assert int(place.saved[-1]["weight"][0]) == 2, "nothing is on its way once the trial is over"
 
 
-def test_a_place_that_fails_is_noted_once_and_stops_nothing(now):
-    place = Slow(now, 13, local=False)
+@pytest.mark.parametrize("local", [True, False])
+def test_a_place_that_fails_is_noted_once_and_stops_nothing(now, local):
+    place = Slow(now, 13, local)
     with CheckpointClock(place) as clock:
-        clock.save({}, wait=True)
-        clock.save({}, wait=True)
-        assert clock.notes() == ("its checkpoint could not be saved, training goes on: no such place",)
+        clock.save({"epoch": 3}, wait=True)
+        clock.save({"epoch": 4}, wait=True)
+        assert clock.notes() == ("checkpoint of epoch 3 could not be saved: no such place",)
+        now[0] += 20 * 13 - 1
+        assert not clock.due(), "what fails is not tried at every epoch"
+        now[0] += 2
+        assert clock.due()
         place.cost = 1
         clock.save({"epoch": 5}, wait=True)
         assert clock.notes() == ()
     assert place.saved == [{"epoch": 5}]
-
-
-def test_a_full_disk_is_an_error(now):
-    with CheckpointClock(Slow(now, 13)) as clock, pytest.raises(OSError, match="no such place"):
-        clock.save({})

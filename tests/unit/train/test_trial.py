@@ -462,6 +462,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(rich, data, alone, tm
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     resumed = alone(rich, data, checkpoint=checkpoint)
     assert comparable(resumed) == (whole[0][2:], *whole[1:])
+    assert f"the checkpoint {checkpoint} is damaged: the one before it is used" in resumed["reports"][0].notes
 
 
 @pytest.mark.parametrize("kill_at", [2, 4])
@@ -496,8 +497,8 @@ def test_storage_that_fails_costs_no_epoch(rich, data, alone, faulty_s3, s3_fold
     )
     assert comparable(record) == whole
     notes = [note for report in record["reports"] for note in report.notes]
-    assert "a checkpoint could not be saved" in caplog.text
-    assert sum("its validation logits could not be kept" in note for note in notes) == 1
+    assert "checkpoint of epoch 1 could not be saved" in caplog.text
+    assert sum("the validation logits could not be saved" in note for note in notes) == 1
 
 
 def test_resume_can_be_declined(config, data, alone, tmp_path):
