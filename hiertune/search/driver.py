@@ -22,6 +22,7 @@ from hiertune.decoding import CRM
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape, groups_that_fit
+from hiertune.search.credentials import kept_from_ray
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
 from hiertune.search.interrupt import Interruption
@@ -188,7 +189,7 @@ def _find_best(
     """Run the trials that are left. Whatever comes, `trials.csv` then says how far the search got."""
     remaining = plan.trials - len(ledger.ended())
     try:
-        with Interruption() as interruption:
+        with Interruption() as interruption, kept_from_ray():
             if mirror is not None:
                 mirror.when_overtaken = interruption.ask
             if remaining > 0:

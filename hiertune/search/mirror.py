@@ -49,6 +49,8 @@ STALE_S = 90.0
 """A session without a sign of life for so long is over."""
 PART_BYTES = 1 << 18
 """A part of this size is final, and the next one begins."""
+_FAILURES = (OSError, ValueError, NotImplementedError)
+"""What pyarrow's filesystems raise."""
 _MOST_BYTES = 1 << 23
 """Sent at once at most."""
 
@@ -329,11 +331,8 @@ class Mirror:
         full = 0.0
         while True:
             with self._changed:
-                pause = (
-                    INTERVAL_S
-                    if self._problem is not None
-                    else max(0.0, full + INTERVAL_S - time.monotonic())
-                )
+                due = full if self._problem is None else time.monotonic()
+                pause = max(0.0, due + INTERVAL_S - time.monotonic())
                 self._changed.wait_for(
                     lambda: self._closing or (self._asked > self._done and self._problem is None), pause
                 )
@@ -345,7 +344,7 @@ class Mirror:
                     full = time.monotonic()
                 if closing and not self.overtaken:
                     replace(self.session, ended=True).write(self._storage)
-            except OSError as error:
+            except _FAILURES as error:
                 self._lost(error)
                 if closing:
                     time.sleep(1.0)
@@ -430,7 +429,7 @@ class Mirror:
         with self._changed:
             self._removals.append((number, but_logits))
 
-    def _lost(self, error: OSError) -> None:
+    def _lost(self, error: Exception) -> None:
         text = " ".join(str(error).split())
         if self._problem is None:
             self._tell(f"storage fails, the search goes on and sends what is missing later: {text}")
