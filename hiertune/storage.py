@@ -557,7 +557,7 @@ def _s3(options: tuple[tuple[str, str], ...], patient: bool) -> FileSystem:
     return S3FileSystem(
         **settings,
         connect_timeout=5 if patient else 2,
-        request_timeout=10 if patient else 2,
+        request_timeout=20 if patient else 2,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=3 if patient else 1),
         allow_delayed_open=True,  # one request for a small file, not three
     )

@@ -230,3 +230,15 @@ def test_all_that_a_weighting_reports_is_passed_on(search):
     measured = {f"{name}/a": 0.5 for name in ("weight", "grad_norm", "target", "rate")}
     searcher.on_trial_result("t", result(1, 0.5, state="running", **measured))
     assert recorder.events[-1] == ("reported", 0, 1, {"val/accuracy": 0.5, "lr": 0.1, **measured})
+
+
+def test_who_keeps_a_copy_hears_of_a_trial_when_the_journal_has_it(tmp_path):
+    path = tmp_path / "ledger.log"
+    ledger = Ledger.open(path, "search", "max", resume=False)
+    heard = []
+    ledger.told = lambda: heard.append(Ledger.open(path, "search", "max", resume=True).ended())
+    trial = ledger.next_trial()
+    ledger.report(trial, 1, 0.5)
+    assert heard == []
+    record = ledger.tell(trial, "completed", value=0.5, epochs=1)
+    assert heard == [[record]]
