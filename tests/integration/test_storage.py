@@ -101,6 +101,9 @@ def test_a_search_goes_on_on_another_machine(hiertune, write_space, storage, tmp
     assert rows_of(again) == rows
     check(hiertune("decode", again, capture_output=True))
     check(hiertune("report", again, capture_output=True))
+    check(hiertune("export", f"{storage}/kept", "exported", capture_output=True))
+    exported = (tmp_path / "exported" / "model.safetensors").read_bytes()
+    assert exported == (again / "model" / "model.safetensors").read_bytes()
 
 
 def test_nothing_told_is_lost_with_the_machine(start_hiertune, hiertune, write_space, storage, tmp_path):
