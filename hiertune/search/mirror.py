@@ -90,9 +90,11 @@ class Session:
 
     @property
     def died(self) -> bool:
-        """Whether it ran on this machine, and does no longer."""
+        """Whether it ran on this machine, and does no longer; or was an earlier one of this very process."""
         if self.machine != _machine():
             return False
+        if self.pid == os.getpid():
+            return True
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -105,7 +107,7 @@ class Session:
 def refuse_running(folder: Folder) -> None:
     """InputError while another process runs this search. Time is the store's: clocks here may differ."""
     session = Session.read(folder)
-    if session is None or session.ended or session.died or session.pid == os.getpid():
+    if session is None or session.ended or session.died:
         return
     seen = folder.modified(SESSION)
     name = f".now-{uuid.uuid4().hex}"

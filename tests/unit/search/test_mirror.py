@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import threading
 import time
@@ -188,14 +189,16 @@ def test_passwords_stay_here(run):
 
 def foreign(session):
     """The session of a process on another machine."""
-    return dataclasses.replace(session, machine="another", host="far", user="eve", pid=77, id="x" * 32)
+    return dataclasses.replace(
+        session, machine="another", host="far", user="eve", pid=os.getpid(), id="x" * 32
+    )
 
 
 def test_a_search_that_runs_elsewhere_is_refused(run, elsewhere, monkeypatch):
     foreign(Session.new()).write(run.storage)
     with pytest.raises(InputError) as caught:
         bring_back(elsewhere)
-    assert "is being run by eve on far (process 77) since 20" in str(caught.value)
+    assert f"is being run by eve on far (process {os.getpid()}) since 20" in str(caught.value)
     with pytest.raises(InputError):
         Mirror(run)
     monkeypatch.setattr(module, "STALE_S", -1.0)  # it has been silent for long
