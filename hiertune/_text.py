@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,11 @@ def check_storable(texts: Iterable[str], *, key: str, file: str | Path | None = 
         if not is_storable(text):
             problem = "holds NUL" if "\0" in text else "is not UTF-8"
             raise InputError(f"{text!r} {problem}", file=file, key=key, allowed=STORABLE)
+
+
+def without_passwords(text: str) -> str:
+    """`text` with `***` for the password of every address `scheme://user:password@host`."""
+    return re.sub(r"(://[^\s:/@\"']*):[^\s/@\"']+@", r"\1:***@", text)
 
 
 def visible(text: str, keep: str = "") -> str:

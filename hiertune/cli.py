@@ -152,7 +152,7 @@ def train(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model folder, such as runs/NAME/model.")],
+    model: Annotated[str, typer.Argument(help="A model folder, such as runs/NAME/model; a URI too.")],
     inputs: Annotated[
         Path, typer.Argument(help=".h5, .fasta[.gz], .npy, .csv; an image or a folder of them")
     ],
@@ -163,8 +163,10 @@ def predict(
 ) -> None:
     """Name every row of a file at every level."""
     from hiertune.export import predict_file
+    from hiertune.storage import local_copy
 
-    broken = predict_file(model, inputs, out, skip_broken=skip_broken)
+    with local_copy(model) as folder:
+        broken = predict_file(folder, inputs, out, skip_broken=skip_broken)
     if broken:
         shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
         text = f"{len(broken):,} images cannot be read, and are left out: {shown}"
@@ -190,13 +192,15 @@ def decode(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")],
+    run: Annotated[str, typer.Argument(help="A search's folder, runs/NAME; a URI in storage too.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
 ) -> None:
     """Copy the winner's model out of a search."""
     from hiertune.export import export_winner
+    from hiertune.storage import local_copy
 
-    export_winner(run, out)
+    with local_copy(run, "model/", "summary.json") as folder:
+        export_winner(folder, out)
     text = f"the winner of {run} is in {out}"
     Console().print(escape(visible(text)), highlight=False, soft_wrap=True)
 

@@ -9,7 +9,6 @@ Shapes: N rows, L levels (coarse -> fine), C_l classes at level l, C classes at 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from hiertune.config import (
 from hiertune.errors import InputError
 from hiertune.metrics.predictions import PredictionCounter
 from hiertune.models import Refinement, settings_by_level
+from hiertune.storage import LocalFolder
 from hiertune.taxonomy import Taxonomy
 
 Logits = Mapping[str, Tensor]
@@ -203,14 +203,15 @@ class ValidationLogits:
     """Per level bool `[C_l]`: classes with a training row."""
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; it appears when it is complete."""
+        """Write `encode()` to a file, which appears when it is complete."""
+        LocalFolder(path.parent).write_bytes(path.name, self.encode())
+
+    def encode(self) -> bytes:
+        """The content of one safetensors file."""
         tensors = {f"base/{level}": logits.cpu().contiguous() for level, logits in self.base.items()}
         for level, seen in zip(self.base, self.seen, strict=True):
             tensors[f"seen/{level}"] = seen.cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.write_bytes(safetensors.torch.save({**tensors, "labels": self.labels.cpu().contiguous()}))
-        os.replace(new, path)
+        return safetensors.torch.save({**tensors, "labels": self.labels.cpu().contiguous()})
 
     @classmethod
     def load(cls, path: Path, taxonomy: Taxonomy) -> ValidationLogits:

@@ -7,7 +7,6 @@ copied. The newest that was copied whole counts.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -172,8 +171,3 @@ def newest_study(place: Place, storage: BaseStorage) -> FrozenStudy | None:
             f"holds {len(studies)} studies", file=place.journal, allowed="the ledger of one search"
         )
     return studies[0] if studies else None
-
-
-def without_passwords(text: str) -> str:
-    """A space file's text as it may be shown: `user:***@host` in every address."""
-    return re.sub(r"(://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)

@@ -6,11 +6,16 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))
+import s3
 
 # Two processes of one compute thread each are faster than one of two, and small layers suffer most.
 torch.set_num_threads(1)
@@ -107,3 +112,40 @@ def postgresql(postgresql_server, monkeypatch):
     """The address of an empty PostgreSQL database; its password is in the environment."""
     monkeypatch.setenv("PGPASSWORD", postgresql_server.password)
     return postgresql_server.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """`host:port` of a real S3 API with the bucket of `s3.BUCKET`."""
+    with s3.s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_environment(s3_endpoint, monkeypatch):
+    """The settings by which S3 is found; credentials too."""
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{s3_endpoint}",
+        "AWS_ACCESS_KEY_ID": s3.ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": s3.SECRET_KEY,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+@pytest.fixture
+def s3_folder(s3_environment, tmp_path_factory):
+    """The URI of an empty folder."""
+    return f"s3://{s3.BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def faulty_s3(s3_environment, s3_endpoint, monkeypatch):
+    """The way to S3, on which things can go wrong: `s3.FaultyWay`."""
+    way = s3.FaultyWay(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{way.endpoint}")
+    yield way
+    way.close()

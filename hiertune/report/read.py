@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hiertune._database import Place, ledger_url, place_of
 from hiertune._summary import read_summary
+from hiertune._text import without_passwords
 from hiertune._yaml import parse_yaml
 from hiertune.errors import InputError
 from hiertune.record import (
@@ -27,7 +28,6 @@ from hiertune.record import (
     open_storage,
     record_of,
     row_of,
-    without_passwords,
 )
 
 LEAST_FOR_IMPORTANCE = 10  # completed trials; of fewer, importance is noise

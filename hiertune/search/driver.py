@@ -25,6 +25,7 @@ from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape
+from hiertune.search.credentials import kept_from_ray
 from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display
 from hiertune.search.failures import FailureStreak
@@ -33,6 +34,7 @@ from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.messages import Job
+from hiertune.search.mirror import Mirror, fetch_folder
 from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
 from hiertune.search.pool import WorkerPool
@@ -90,12 +92,15 @@ def run_search(
     interruption.check()
     folder = plan.folder
     with (
+        _mirrored(folder, console, interruption) as mirror,
         open_ledger(plan, console) as ledger,
         _logging_to(folder.log),
         interruption.watching(folder.request),
     ):
         for text in plan.warnings:
             logger.warning("%s", text)
+        if mirror is not None:
+            ledger.told = mirror.told
         again = resume_command(plan)
         write_command(folder, again)
         interruption.last_words = f"stopped at once; go on with:\n  {again}\n"
@@ -118,7 +123,7 @@ def run_search(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
         known = [record for record in ledger.records() if record.state != "running"]
-        checkpoints = Checkpoints(folder, plan.mode, known)
+        checkpoints = Checkpoints(mirror or folder, plan.mode, known)
         lifeline = Lifeline(command, again, cluster.own_ray(), lambda: interruption.asked)
         listeners = Listeners(
             [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
@@ -138,6 +143,7 @@ def run_search(
                 config = plan.space.resolve(best.params)
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
                 display.say("choosing how the winner's logits become names")
+                folder.fetch_logits(best.number)
                 decoding = choose_rule(plan, best, config)
                 contenders = _measure_winner(plan, pool, config, decoding, display)
             checkpoints.sweep()
@@ -174,6 +180,29 @@ def _ending(ledger: Ledger, budget: Budget) -> Ending:
 def _write_summary(plan: SearchPlan, summary: dict[str, Any], delivery: Delivery) -> None:
     summary["tracking"] = {"uri": display_uri(plan.tracking_uri), **asdict(delivery)}
     write_summary(plan.folder.summary, summary)
+
+
+@contextlib.contextmanager
+def _mirrored(folder: RunFolder, console: Console, interruption: Interruption) -> Iterator[Mirror | None]:
+    """The run folder's mirror in storage, if the search has any; complete as far as the store allows."""
+    if folder.storage is None:
+        yield None
+        return
+
+    def say(text: str) -> None:
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        mirror = Mirror(folder, say)
+    except OSError as error:
+        raise SearchFailed(f"{folder.storage} can't be written: {error}") from error
+    mirror.when_overtaken = interruption.ask
+    try:
+        yield mirror
+    finally:
+        if missing := mirror.close(_DELIVERY_PATIENCE_S):
+            say(f"not in storage yet: {', '.join(missing)}; the same command with --resume sends them")
 
 
 @contextlib.contextmanager
@@ -275,7 +304,7 @@ def _run_all(
     try:
         display.say("starting worker groups")
         with interruption.finishing(), session:
-            with _kept(ledger):
+            with _kept(ledger), kept_from_ray():
                 _run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
             if session.halted:
                 display.say("saving checkpoints")
@@ -330,8 +359,8 @@ def _run_trials(
         return Job(
             f"trial-{number}",
             plan.located(config),
-            str(plan.folder.trial(number)),
-            keep_logits=str(plan.folder.logits(number)) if keep else None,
+            plan.folder.trial_place(number),
+            keep_logits=plan.folder.logits_place(number) if keep else None,
             max_retries=search.worker_group.max_retries,
             hang_timeout=search.worker_group.hang_timeout,
         )
@@ -404,18 +433,25 @@ def _measure_winner(
     display.say("measuring the winner and its controls on the test split")
     search = plan.config.search
     configs = {"winner": plan.located(config)}
-    folders = {"winner": plan.folder.root}
+    folders = {"winner": plan.folder.place()}
     if search.controls:
         configs["flat"] = plan.located(flat_control(plan.space))
-        folders["flat"] = plan.folder.root / "controls" / "flat"
+        folders["flat"] = plan.folder.place("controls", "flat")
     nearest = search.controls and is_features(plan.data)
     rules = {"flat": {"flat_crm": CRM}} if search.decode else {}
     if decoding.rule is not None:
         rules["winner"] = {DECODED: decoding.rule}
     try:
-        return measure(pool, plan.data, configs, folders, plan.fit_on, nearest, rules, search.worker_group)
-    except RuntimeError as error:
+        contenders = measure(
+            pool, plan.data, configs, folders, plan.fit_on, nearest, rules, search.worker_group
+        )
+        if plan.folder.storage is not None:
+            display.say("fetching the models from storage")
+            for name in ("model", "controls"):
+                fetch_folder(plan.folder.storage, name, plan.folder.root)
+    except (RuntimeError, OSError) as error:
         raise SearchFailed(str(error)) from error
+    return contenders
 
 
 def _why_nothing_won(plan: SearchPlan, records: list[TrialRecord], ending: Ending) -> str:

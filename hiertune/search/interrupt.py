@@ -93,6 +93,11 @@ class Interruption:
             left.set()
             request.unlink(missing_ok=True)
 
+    def ask(self) -> None:
+        """Work as a signal does; from any thread."""
+        # To the main thread, so that whatever it waits for is woken.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
     def check(self) -> None:
         """Raise the KeyboardInterrupt that some library has swallowed."""
         if self.at_once:
@@ -132,8 +137,7 @@ class Interruption:
             if text != seen:
                 seen = text
                 self._now = text == NOW
-                # To the main thread, so that whatever it waits for is woken.
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                self.ask()
 
     def _end_in_time(self) -> None:
         if not self._left.wait(_LONGEST_END_S):

@@ -87,6 +87,8 @@ class Ledger:
             self._mendable += (DBAPIError,)
         self.lost: str | None = None
         """Why nothing may be written any more."""
+        self.told: Callable[[], object] = lambda: None
+        """Called after every `tell`, when it is recorded."""
         self._use(identity, study_id)
 
     @classmethod
@@ -307,6 +309,7 @@ class Ledger:
         self._lasting(finish)
         self.study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
         self._remember(record)
+        self.told()
         return record
 
     def _recorded(self, trial: Trial) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
-import shutil
 from pathlib import Path
 from typing import Protocol
 
 from hiertune.config import TrialConfig
 from hiertune.search.ledger import Mode, TrialRecord
-from hiertune.search.outputs import RunFolder
 from hiertune.space import flatten
 from hiertune.tracking import Tracker
 
@@ -102,16 +100,24 @@ class Log:
         )
 
 
-class Checkpoints:
-    """Removes what trials that have ended leave in their folders, but for the best one's validation logits.
+class TrialFiles(Protocol):
+    """Where trials leave files: the run folder, or its mirror in storage."""
 
-    A trial's own end is too early: its workers may still be writing. So its folder goes with the end
+    def remove_trial(self, number: int) -> None: ...
+
+    def keep_logits(self, number: int) -> None: ...
+
+
+class Checkpoints:
+    """Removes what trials that have ended leave behind, but for the best one's validation logits.
+
+    A trial's own end is too early: its workers may still be writing. So its files go with the end
     of the next one, and the last one's with the search.
     """
 
-    def __init__(self, folder: RunFolder, mode: Mode, ended: list[TrialRecord]) -> None:
+    def __init__(self, files: TrialFiles, mode: Mode, ended: list[TrialRecord]) -> None:
         """`ended`: trials of an interrupted search, whose last ones had no time to be swept."""
-        self._folder = folder
+        self._files = files
         self._mode = mode
         self._ended = list(ended)
         self._best: TrialRecord | None = None
@@ -129,23 +135,11 @@ class Checkpoints:
             record = self._ended.pop()
             if record.state == "completed" and self._leads(record):
                 if self._best is not None:
-                    self._remove(self._best.number)
+                    self._files.remove_trial(self._best.number)
                 self._best = record
-                self._keep_logits(record.number)
+                self._files.keep_logits(record.number)
             else:
-                self._remove(record.number)
+                self._files.remove_trial(record.number)
 
     def _leads(self, record: TrialRecord) -> bool:
         return self._best is None or record.rank(self._mode) < self._best.rank(self._mode)
-
-    def _remove(self, number: int) -> None:
-        shutil.rmtree(self._folder.trial(number), ignore_errors=True)
-
-    def _keep_logits(self, number: int) -> None:
-        logits = self._folder.logits(number)
-        if not logits.exists():
-            self._remove(number)
-            return
-        for file in logits.parent.iterdir():
-            if file != logits:
-                file.unlink(missing_ok=True)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiertune.errors import InputError
+from hiertune.storage import Folder, patiently
 
 if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused search needs neither
     from hiertune.search.ledger import TrialRecord
 
 
-class RunFolder:
-    """`runs/<name>/` and the names of what is in it."""
+LOGITS = "val_logits.safetensors"
+SESSION = "session.json"
+"""In storage: who runs the search."""
 
-    def __init__(self, root: Path) -> None:
+
+class RunFolder:
+    """`runs/<name>/` and the names of what is in it, and where workers read and write."""
+
+    def __init__(self, root: Path, storage: Folder | None = None) -> None:
+        """`storage`: the search's folder in storage; workers then write there, and not here."""
         self.root = root
+        self.storage = storage
         self.ledger = root / "ledger.log"
         self.space = root / "space.yaml"
         """The present space; those of earlier revisions are beside it as `space.1.yaml`, ..."""
@@ -46,14 +56,50 @@ class RunFolder:
         return self.root / "trials" / f"{number:04d}"
 
     def logits(self, number: int) -> Path:
-        """Validation logits of a trial; they stay only of the best one."""
-        return self.trial(number) / "val_logits.safetensors"
+        """Validation logits of a trial, on this machine; they stay only of the best one."""
+        return self.trial(number) / LOGITS
+
+    def place(self, *parts: str) -> str:
+        """Path or URI of something that workers write."""
+        if self.storage is None:
+            return str(self.root.joinpath(*parts))
+        return str(self.storage.child("/".join(parts)) if parts else self.storage)
+
+    def trial_place(self, number: int) -> str:
+        return self.place("trials", f"{number:04d}")
+
+    def logits_place(self, number: int) -> str:
+        return self.place("trials", f"{number:04d}", LOGITS)
+
+    def fetch_logits(self, number: int) -> None:
+        """Copy a trial's validation logits from storage, if they are there and not here."""
+        if self.storage is not None and not self.logits(number).exists():
+            trial = self.storage.child(f"trials/{number:04d}")
+            with contextlib.suppress(FileNotFoundError):
+                patiently(trial.download, LOGITS, self.logits(number))
+
+    def remove_trial(self, number: int) -> None:
+        """Remove what a trial left here."""
+        shutil.rmtree(self.trial(number), ignore_errors=True)
+
+    def keep_logits(self, number: int) -> None:
+        """Remove what a trial left here, but for its validation logits."""
+        logits = self.logits(number)
+        if not logits.exists():
+            self.remove_trial(number)
+            return
+        for file in logits.parent.iterdir():
+            if file != logits:
+                file.unlink(missing_ok=True)
 
     def require_new(self) -> None:
-        """InputError when a search of this name is there already."""
-        if self.root.exists():
+        """InputError when a search of this name is there already, or in storage."""
+        there: Path | Folder | None = self.root if self.root.exists() else None
+        if there is None and self.storage is not None and self.storage.sizes(deep=True).keys() - {SESSION}:
+            there = self.storage
+        if there is not None:
             raise InputError(
-                f"a search of this name exists already: {self.root}",
+                f"a search of this name exists already: {there}",
                 key="name",
                 allowed="`--resume` to go on with it, or another name (`--name NAME`)",
             )
@@ -61,8 +107,9 @@ class RunFolder:
     def require_existing(self) -> None:
         """InputError when there is no search of this name to resume."""
         if not self.begun and not self.is_bare:
+            or_there = "" if self.storage is None else f", nor in {self.storage}"
             raise InputError(
-                f"there is no search to resume in {self.root}",
+                f"there is no search to resume in {self.root}{or_there}",
                 key="name",
                 allowed="the name of a search that was begun, or no `--resume`",
             )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,8 +16,10 @@ from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
 from hiertune.errors import InputError
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
+from hiertune.search.mirror import bring_back
 from hiertune.search.outputs import RunFolder
 from hiertune.space import Space, load_space, located
+from hiertune.storage import Folder, open_storage
 from hiertune.tracking import check_uri, resolve_uri
 
 if TYPE_CHECKING:
@@ -89,6 +91,11 @@ def plan_search(
     if time_budget is not None:
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
+    if resume is False:
+        folder.require_new()
+    folder = RunFolder(folder.root, _storage(space, config, folder.root))
+    if resume is not False:
+        bring_back(folder)
     if resume is None:
         resume = folder.begun or folder.is_bare
     ledger = _ledger_of(config, folder, resume, file)
@@ -116,6 +123,22 @@ def plan_search(
         tuple(warnings_with_data(space, data)),
         {option: str(value) for option, value in given.items() if value is not None},
     )
+
+
+def _storage(space: Space, config: SearchConfig, root: Path) -> Folder | None:
+    """The search's own folder in storage, which was tried out. A path starts where the space file is."""
+    where: dict[str, Any] = {"file": space.file, "line": space.line_of("storage")}
+    text = config.storage
+    if text is None:
+        text, where = os.environ.get("HIERTUNE_STORAGE"), {"file": "HIERTUNE_STORAGE"}
+    elif "://" not in text:
+        text = str(space.folder / Path(text).expanduser())
+    if not text:
+        return None
+    storage = open_storage(text, **where).child(config.name)
+    if str(storage) == str(root):
+        raise InputError("is the runs folder itself", key="storage", allowed="another place", **where)
+    return storage
 
 
 def _renamed(config: SearchConfig, name: str) -> SearchConfig:

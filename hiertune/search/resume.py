@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hiertune._text import visible
+from hiertune._text import visible, without_passwords
 from hiertune._tree import written
 from hiertune.config import TrialConfig
 from hiertune.errors import InputError
-from hiertune.record import OUTSIDE, without_passwords
+from hiertune.record import OUTSIDE
 from hiertune.search.ledger import Ledger, TrialRecord, carried_over, put_outside
 from hiertune.search.outputs import RunFolder, replace_text
 from hiertune.search.owner import FolderLock, Ownership
@@ -73,7 +73,7 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
         )
         with Ownership(ledger):
             if not resume:
-                replace_text(plan.folder.space, plan.space.text)
+                replace_text(plan.folder.space, without_passwords(plan.space.text))
             elif (revision := revise(ledger, plan.folder, plan.space)) is not None:
                 print_revision(console, revision)
             keep_spaces(plan.folder, ledger)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.stats
@@ -68,7 +67,7 @@ def measure(
     pool: WorkerPool,
     data: HierarchicalDataset,
     configs: dict[str, TrialConfig],
-    folders: dict[str, Path],
+    folders: dict[str, str],
     fit_on: tuple[str, ...],
     nearest: bool,
     rules: Mapping[str, Mapping[str, DecodingRule]],
@@ -83,7 +82,7 @@ def measure(
         label: Job(
             label,
             config,
-            str(folders[label]),
+            folders[label],
             fit_on=fit_on,
             validate_on=(),
             test_on=("test",),

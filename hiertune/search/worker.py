@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import socket
+import tempfile
 import threading
 import traceback
 import uuid
@@ -21,14 +22,15 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 
-from hiertune.config import DataConfig
+from hiertune.config import DataConfig, TrialConfig
 from hiertune.data import HierarchicalDataset, open_dataset
 from hiertune.decoding import DecodingRule
 from hiertune.export import save_trained
 from hiertune.models import HierarchicalClassifier
 from hiertune.search.messages import Cause, Job, WorkerSetup
 from hiertune.search.processes import WorkerProcess
-from hiertune.train.checkpoint import remove_checkpoint
+from hiertune.storage import Folder, LocalFolder, patiently
+from hiertune.train.checkpoint import Checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.result import Decision, EpochResult, TrialFailed
 
@@ -55,7 +57,8 @@ def work(config: dict) -> None:
 
 def _train(job: Job, link: _Link) -> None:
     """Train one job. This is the only place where what goes wrong in a trial becomes its state."""
-    checkpoint = Path(job.folder) / "checkpoint"
+    folder = Folder.at(job.folder)
+    checkpoint = str(folder.child("checkpoint"))
     try:
         data = _dataset(job.config.data)
         outcome = run_trial(
@@ -68,8 +71,8 @@ def _train(job: Job, link: _Link) -> None:
             test_on=job.test_on,
             rules=[DecodingRule.model_validate(rule) for rule in job.rules],
             checkpoint=checkpoint,
-            keep_logits=None if job.keep_logits is None else Path(job.keep_logits),
-            finish=(lambda model: _export(model, job, data)) if job.export else None,
+            keep_logits=job.keep_logits,
+            finish=(lambda model: _export(folder, model, job.config, data)) if job.export else None,
         )
     except TrialFailed as error:  # raised by all ranks together: the group is sound
         if link.rank == 0:
@@ -92,8 +95,27 @@ def _train(job: Job, link: _Link) -> None:
         raise
     if link.rank == 0:
         if job.export:
-            remove_checkpoint(checkpoint)  # the model is saved; a trial's goes when its end is told
+            Checkpoint(checkpoint).remove()  # the model is saved; a trial's goes when its end is told
         link.call("finish", link.number, outcome)
+
+
+class _NotSaved(Exception):
+    """The trained model can't be written."""
+
+
+def _export(
+    folder: Folder, model: HierarchicalClassifier, config: TrialConfig, data: HierarchicalDataset
+) -> None:
+    """Write the model to `model/` in the folder; to one that is not on this disk from a temporary place."""
+    try:
+        if isinstance(folder, LocalFolder):
+            save_trained(folder.path / "model", model, config, data)
+            return
+        with tempfile.TemporaryDirectory(prefix="hiertune-") as here:
+            save_trained(here, model, config, data)
+            patiently(folder.upload, Path(here), "model")
+    except OSError as error:
+        raise _NotSaved(f"the model could not be saved in {folder}: {error.strerror or error}") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,17 +152,6 @@ def _cause(error: Exception) -> Cause:
 def _place(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
-
-
-class _NotSaved(Exception):
-    """The trained model can't be written."""
-
-
-def _export(model: HierarchicalClassifier, job: Job, data: HierarchicalDataset) -> None:
-    try:
-        save_trained(f"{job.folder}/model", model, job.config, data)
-    except OSError as error:
-        raise _NotSaved(f"the model could not be saved in {job.folder}: {error.strerror or error}") from error
 
 
 @dataclass

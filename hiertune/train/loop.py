@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hiertune.config import TrialConfig
 from hiertune.data import HierarchicalDataset
 from hiertune.decoding import DecodingRule
 from hiertune.models import HierarchicalClassifier
-from hiertune.train.checkpoint import CheckpointClock
+from hiertune.train.checkpoint import Checkpoint, CheckpointClock
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
 from hiertune.train.settings import pick_device, trial_settings
 from hiertune.train.trial import Trial
@@ -30,10 +31,10 @@ def run_trial(
     fit_on: tuple[str, ...] = ("train",),
     validate_on: tuple[str, ...] = ("val",),
     test_on: tuple[str, ...] = (),
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = True,
     rules: Sequence[DecodingRule] = (),
-    keep_logits: Path | None = None,
+    keep_logits: str | Path | None = None,
     finish: Callable[[HierarchicalClassifier], None] | None = None,
 ) -> TrialOutcome:
     """Train one trial; every worker of the process group (if there is one) calls this alike.
@@ -44,13 +45,13 @@ def run_trial(
     `beat` is called for every batch that is trained or evaluated: who counts can tell a hang from hard work.
     `finish` is called on the first worker with the trained model, in evaluation mode.
 
-    With a `checkpoint` path the first worker writes there after an epoch's report, if it is worth the
+    With a `checkpoint` path or URI the first worker writes there after an epoch's report, if it is worth the
     time (`CheckpointClock`) or the trial is stopped; not after the last epoch. `resume` goes on from it:
     bit-identical to a run without a break, from the epoch after the checkpoint, which may have been
     reported before. A checkpoint that can't be written (a full disk) is done without, which is noted once.
 
-    With a `keep_logits` path the validation split's base logits at the last epoch are written there before
-    that epoch is reported (`hiertune.decoding.ValidationLogits`).
+    With a `keep_logits` path or URI the validation split's base logits at the last epoch are written there
+    before that epoch is reported (`hiertune.decoding.ValidationLogits`).
 
     Raises, on all workers together: TrialFailed if a loss is not finite; InputError for a split
     without rows, or a config that this data or machine cannot follow. The process group stays usable.
@@ -58,18 +59,24 @@ def run_trial(
     for splits in (fit_on, validate_on, test_on):
         data.require_rows(*splits)
     device = pick_device(config.train)
-    with trial_settings(config.train, device):
+    with trial_settings(config.train, device), ExitStack() as stack:
         trial = Trial(config, data, fit_on, device, beat)
-        if checkpoint is not None and resume:
-            trial.resume(checkpoint)
-        clock = CheckpointClock()
+        clock = None
+        if checkpoint is not None:
+            saved = Checkpoint(checkpoint)
+            if resume:
+                trial.resume(saved)
+            if trial.workers.first:
+                clock = stack.enter_context(CheckpointClock(saved))
         while True:
             result = _run_epoch(trial, validate_on, keep_logits)
             stop = report(result) is Decision.STOP
             if result.last:
                 break
-            if checkpoint is not None and trial.workers.first and (stop or clock.due()):
-                _save(clock, checkpoint, trial)
+            if clock is not None:
+                if stop or clock.due():
+                    clock.save(trial.state(), wait=stop)
+                trial.notes += clock.notes()
             if stop:
                 break
         tested: dict[str, float] = {}
@@ -81,7 +88,7 @@ def run_trial(
         return TrialOutcome(trial.epoch, not result.last, result.metrics | tested, predictions)
 
 
-def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | None) -> EpochResult:
+def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: str | Path | None) -> EpochResult:
     start, waited = time.perf_counter(), trial.seconds_waited
     metrics = trial.train_epoch()
     last = trial.epoch == trial.config.train.epochs
@@ -104,14 +111,3 @@ def _run_epoch(trial: Trial, validate_on: tuple[str, ...], keep_logits: Path | N
         input_seconds=input_seconds,
         notes=notes,
     )
-
-
-def _save(clock: CheckpointClock, path: Path, trial: Trial) -> None:
-    """A checkpoint is an insurance: training goes on without it, and the one before stays valid."""
-    try:
-        clock.save(path, trial.state())
-    except OSError as error:
-        if not clock.failed:
-            reason = error.strerror or error
-            trial.notes += (f"checkpoint of epoch {trial.epoch} could not be saved: {reason}",)
-        clock.failed = True

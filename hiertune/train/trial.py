@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,6 +28,7 @@ from hiertune.errors import InputError
 from hiertune.losses import MixedLabels, build_losses, class_weights, level_losses
 from hiertune.metrics import Evaluation, seen_classes
 from hiertune.models.timm_backbone import TimmBackbone
+from hiertune.storage import Folder
 from hiertune.train.batches import FIRST_WORKER, Pass, Step, random_stream
 from hiertune.train.build import (
     augmentation_of,
@@ -38,7 +39,7 @@ from hiertune.train.build import (
     model_of,
     plan_of,
 )
-from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.checkpoint import Checkpoint, decode_checkpoint
 from hiertune.train.feed import Feed
 from hiertune.train.logits import Collector, LabelCollector, LogitCollector
 from hiertune.train.optim import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
@@ -293,8 +294,11 @@ class Trial:
                 raise TrialFailed(f"{name} is {value} at epoch {self.epoch}")
         return metrics
 
-    def evaluate_and_keep(self, rows: np.ndarray, path: Path) -> dict[str, float]:
-        """`evaluate` on validation rows; the first worker writes their base logits to `path`, if it can."""
+    def evaluate_and_keep(self, rows: np.ndarray, address: str | Path) -> dict[str, float]:
+        """`evaluate` on validation rows; the first worker writes their base logits to `address`.
+
+        Where they can't be written they are not kept, and a note says so.
+        """
         shard = Pass(np.arange(len(rows))).shard(self.workers).rows
         taxonomy = self.model.head.taxonomy
         collector = LogitCollector(taxonomy, len(rows), shard, self.device)
@@ -302,11 +306,11 @@ class Trial:
         base = collector.gather(self.workers)
         if self.workers.first:
             seen = seen_classes(self.data.labels[self.plan.rows], taxonomy)
+            folder, name = Folder.of_file(address)
+            content = ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).encode()
             try:
-                ValidationLogits(base, torch.tensor(self.data.labels[rows]), tuple(seen)).save(path)
+                folder.write_bytes(name, content)
             except OSError as error:  # they choose how the winner's logits become names, no more
-                with suppress(OSError):
-                    path.with_name(path.name + ".new").unlink()
                 self.notes += (f"the validation logits could not be saved: {error.strerror or error}",)
         return metrics
 
@@ -334,12 +338,12 @@ class Trial:
             "scaler": self._scaler.state_dict(),
         }
 
-    def resume(self, path: Path) -> None:
-        """Go on from the checkpoint at `path`, as the first worker sees it; without one, from the start.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from the checkpoint, as the first worker sees it; without one, from the start.
 
         InputError if it is of another trial.
         """
-        found, damage = read_checkpoint(path) if self.workers.first else (None, None)
+        found, damage = checkpoint.read() if self.workers.first else (None, None)
         if damage is not None:
             self.notes += (damage,)
         payload = self.workers.from_first(found, self.device)
@@ -348,11 +352,11 @@ class Trial:
         try:
             state = decode_checkpoint(payload)
         except InputError as error:
-            raise InputError(error.problem, file=path, allowed=error.allowed) from error
+            raise InputError(error.problem, file=str(checkpoint), allowed=error.allowed) from error
         if state.get("trial") != self._identity:
             raise InputError(
                 "this checkpoint is of another config, data set or choice of splits",
-                file=path,
+                file=str(checkpoint),
                 allowed="the folder of this very trial, or an empty one",
             )
         self.epoch, self.steps = state["epoch"], state["steps"]

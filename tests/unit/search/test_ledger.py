@@ -821,3 +821,15 @@ def test_a_database_that_never_comes_back_ends_it(postgresql, postgresql_server,
     assert "s3cret" not in str(raised.value)
     assert ledger.lost == str(raised.value)
     assert 30 < sum(waits) < 120
+
+
+def test_who_keeps_a_copy_hears_of_a_trial_when_the_journal_has_it(tmp_path):
+    path = tmp_path / "ledger.log"
+    ledger = Ledger.open(path, "search", "max", resume=False)
+    heard = []
+    ledger.told = lambda: heard.append(Ledger.open(path, "search", "max", resume=True).ended())
+    trial = ledger.next_trial()
+    ledger.report(trial, 1, 0.5)
+    assert heard == []
+    record = ledger.tell(trial, "completed", value=0.5, epochs=1)
+    assert heard == [[record]]

@@ -30,7 +30,7 @@ from hiertune.models.timm_backbone import TimmBackbone
 from hiertune.train import features
 from hiertune.train.batches import BatchPlan
 from hiertune.train.build import augmentation_of, check_batches, plan_of
-from hiertune.train.checkpoint import decode_checkpoint, read_checkpoint
+from hiertune.train.checkpoint import Checkpoint, decode_checkpoint
 from hiertune.train.loop import run_trial
 from hiertune.train.workers import Workers
 
@@ -392,7 +392,7 @@ def test_a_checkpoint_has_nothing_of_a_frozen_body_and_knows_its_weights_by_cont
 
     whole = numbers(alone(settings("a.pth"), data))
     alone(settings("a.pth"), data, checkpoint=tmp_path / "checkpoint", stop_at=1)
-    saved = decode_checkpoint(read_checkpoint(tmp_path / "checkpoint")[0])
+    saved = decode_checkpoint(Checkpoint(tmp_path / "checkpoint").read()[0])
     assert {name.split(".")[1] for name in saved["model"]} == {"layers", "linear", "pixels"}
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
     assert isinstance(alone(settings("c.pth"), data, checkpoint=tmp_path / "checkpoint")["error"], InputError)

@@ -31,7 +31,7 @@ from hiertune.decoding import ValidationLogits, try_rules
 from hiertune.errors import InputError
 from hiertune.models import build_model
 from hiertune.train.batches import BatchPlan
-from hiertune.train.checkpoint import CheckpointClock
+from hiertune.train.checkpoint import Checkpoint, CheckpointClock
 from hiertune.train.loop import run_trial
 from hiertune.train.result import TrialFailed
 from hiertune.train.settings import trial_settings
@@ -452,7 +452,7 @@ def test_evaluation_after_resuming_is_that_before(rich, data, alone, tmp_path):
     cpu = torch.device("cpu")
     with trial_settings(rich.train, cpu):
         trial = Trial(rich, data, ("train",), cpu)
-        trial.resume(tmp_path / "checkpoint")
+        trial.resume(Checkpoint(tmp_path / "checkpoint"))
         metrics = trial.evaluate("val", data.rows("val"))
     assert metrics.items() <= stopped["outcome"].metrics.items()
 
@@ -507,6 +507,42 @@ def test_a_beat_for_every_batch_trained_or_evaluated(config, data, alone):
     alone(settings, data, beat=lambda: beats.append(len(beats)))
     steps, evaluated = math.ceil(45 / 8), 1
     assert len(beats) in (2 * (steps + evaluated), 2 * (45 // 8 + evaluated))
+
+
+@pytest.mark.parametrize("kill_at", [2, 4])
+def test_resumed_from_storage_is_bit_identical(rich, data, alone, s3_folder, every_epoch, kill_at):
+    """Checkpoints are sent while training goes on: each is the state of the moment that it was begun in."""
+    whole = comparable(alone(rich, data))
+    address = f"{s3_folder}/trial/checkpoint"
+    assert comparable(alone(rich, data, checkpoint=f"{s3_folder}/other/checkpoint")) == whole
+    alone(rich, data, checkpoint=address, kill_at=kill_at)
+    resumed = alone(rich, data, checkpoint=address)
+    first = resumed["reports"][0].epoch
+    assert 1 <= first <= kill_at, "one that was still on its way may be skipped, none is half there"
+    assert comparable(resumed) == (whole[0][first - 1 :], *whole[1:])
+
+
+def test_a_trial_that_was_stopped_has_its_last_state_in_storage(rich, data, alone, s3_folder):
+    whole = comparable(alone(rich, data))
+    address = f"{s3_folder}/trial/checkpoint"
+    alone(rich, data, checkpoint=address, stop_at=3)
+    assert comparable(alone(rich, data, checkpoint=address)) == (whole[0][3:], *whole[1:])
+
+
+def test_storage_that_fails_costs_no_epoch(rich, data, alone, faulty_s3, s3_folder, every_epoch, caplog):
+    whole = comparable(alone(rich, data))
+
+    def of_writing(method, path):
+        return 500 if method in ("PUT", "POST") else None
+
+    faulty_s3.fault = of_writing
+    record = alone(
+        rich, data, checkpoint=f"{s3_folder}/trial/checkpoint", keep_logits=f"{s3_folder}/val_logits"
+    )
+    assert comparable(record) == whole
+    notes = [note for report in record["reports"] for note in report.notes]
+    assert "checkpoint of epoch 1 could not be saved" in caplog.text
+    assert sum("the validation logits could not be saved" in note for note in notes) == 1
 
 
 def test_resume_can_be_declined(config, data, alone, tmp_path):

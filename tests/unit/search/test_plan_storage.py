@@ -1,0 +1,113 @@
+"""Where a search is kept, decided before anything starts."""
+
+import pytest
+import s3
+
+from hiertune.errors import InputError
+from hiertune.report.read import read_search
+from hiertune.search.mirror import Mirror
+from hiertune.search.plan import plan_search
+from hiertune.space import load_space
+
+SPACE = """name: search
+data: {path: builtin:rrna16s}
+optimizer: {kind: adamw, lr: {loguniform: [1.0e-4, 1.0e-2]}}
+search: {trials: 2}
+"""
+SECRET = "hunter2-secret"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.delenv("HIERTUNE_STORAGE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # the size of this machine is no matter here
+
+    def write(more=""):
+        path = tmp_path / "space.yaml"
+        path.write_text(SPACE + more)
+        return path
+
+    return write
+
+
+def test_a_path_starts_where_the_space_file_is(write, tmp_path, monkeypatch):
+    space = write("storage: kept\n")
+    monkeypatch.chdir("/")
+    plan = plan_search(space, tmp_path / "runs")
+    assert str(plan.folder.storage) == str(tmp_path / "kept" / "search")
+    assert plan.folder.trial_place(3) == str(tmp_path / "kept" / "search" / "trials" / "0003")
+    assert not (tmp_path / "kept").exists(), "a plan leaves nothing behind"
+
+
+def test_without_storage_workers_write_to_the_run_folder(write, tmp_path):
+    plan = plan_search(write(), tmp_path / "runs")
+    assert plan.folder.storage is None
+    assert plan.folder.trial_place(3) == str(tmp_path / "runs" / "search" / "trials" / "0003")
+    assert plan.folder.place() == str(tmp_path / "runs" / "search")
+
+
+def test_the_environment_says_where_if_the_space_does_not(write, tmp_path, monkeypatch, s3_folder):
+    monkeypatch.setenv("HIERTUNE_STORAGE", s3_folder)
+    plan = plan_search(write(), tmp_path / "runs", name="other")
+    assert str(plan.folder.storage).startswith(f"{s3_folder}/other?endpoint_override=")
+    assert plan.folder.logits_place(1).startswith(f"{s3_folder}/other/trials/0001/val_logits.safetensors?")
+    plan = plan_search(write("storage: kept\n"), tmp_path / "runs")
+    assert plan.folder.storage.local
+
+
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_credentials_are_refused_and_not_repeated(write, tmp_path, monkeypatch, by):
+    address = f"s3://AKIA:{SECRET}@bucket/x"
+    space = write(f"storage: {address}\n" if by == "file" else "")
+    if by == "environment":
+        monkeypatch.setenv("HIERTUNE_STORAGE", address)
+    with pytest.raises(InputError) as caught:
+        plan_search(space, tmp_path / "runs")
+    where = f"{space}:5" if by == "file" else "HIERTUNE_STORAGE"
+    assert str(caught.value).startswith(f"{where}: storage: 's3://***@bucket/x': credentials must not")
+    assert SECRET not in str(caught.value)
+
+
+def test_the_runs_folder_itself_is_refused(write, tmp_path):
+    with pytest.raises(InputError, match="is the runs folder itself"):
+        plan_search(write("storage: runs\n"), tmp_path / "runs")
+
+
+def test_a_broken_space_is_told_before_storage_is_looked_at(write, tmp_path):
+    with pytest.raises(InputError, match="unknown key"):
+        plan_search(write("storage: s3://bucket/x\nserach: {}\n"), tmp_path / "runs")
+
+
+def test_a_search_is_resumed_where_it_never_was(write, tmp_path, s3_folder):
+    space = write(f"storage: {s3_folder}\n")
+    here = plan_search(space, tmp_path / "here").folder
+    here.create(space.read_text())
+    here.ledger.write_text("told\n")
+    Mirror(here).close()
+    with pytest.raises(InputError, match=r"exists already: s3://"):
+        plan_search(space, tmp_path / "there")
+    there = plan_search(space, tmp_path / "there", resume=True)
+    assert there.folder.ledger.read_text() == "told\n"
+    with pytest.raises(InputError, match=r"there is no search to resume in .* nor in s3://"):
+        plan_search(space, tmp_path / "there", resume=True, name="other")
+
+
+def test_the_copy_of_the_space_has_no_password(write, tmp_path):
+    uri = f"postgresql://me:{SECRET}@host:5432/db?x=1"
+    space = write(f'tracking: {{uri: "{uri}"}}\n# mysql://u:{SECRET}@h\n')
+    folder = plan_folder(space, tmp_path)
+    assert SECRET not in folder.space.read_text()
+    assert 'uri: "postgresql://me:***@host:5432/db?x=1"' in folder.space.read_text()
+    assert load_space(folder.space).tree == load_space(space).tree, "it can be resumed"
+    folder.trials.write_text("trial,state,objective\n")
+    assert SECRET not in read_search(folder.root).space
+    assert s3.SECRET_KEY not in folder.space.read_text()
+
+
+def plan_folder(space, tmp_path):
+    from hiertune.search.outputs import RunFolder
+
+    folder = RunFolder(tmp_path / "runs" / "search")
+    folder.create(space.read_text())
+    return folder
