@@ -192,7 +192,7 @@ def cut_off(file):
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_or_by_a_new_start(pool, make_job):
-    epochs = 1200
+    epochs = 500
     plain = Followed(pool, make_job("plain", epochs=epochs)).metrics()
     job = make_job("damaged", epochs=epochs)
     followed = Followed(pool, job)
@@ -232,9 +232,9 @@ def small_disk(tmp_path):
 
 
 def test_on_a_full_disk_training_goes_on_without_checkpoints(pool, make_job, small_disk):
-    before = generations(pool)
-    epochs = 600
+    epochs = 250
     plain = Followed(pool, make_job("roomy", epochs=epochs)).metrics()
+    before = generations(pool)
     followed = Followed(pool, make_job("full", epochs=epochs, folder=small_disk))
     assert followed.metrics() == plain
     (note,) = followed.notes
@@ -244,6 +244,7 @@ def test_on_a_full_disk_training_goes_on_without_checkpoints(pool, make_job, sma
 
 
 def test_a_model_that_cannot_be_written_is_said_in_plain_words(pool, make_job, small_disk):
+    Followed(pool, make_job("before", epochs=1)).metrics()
     before = generations(pool)
     ending = Followed(pool, make_job("winner", epochs=1, folder=small_disk, export=True)).end()
     assert ending == Failed(f"the model could not be saved in {small_disk}: No space left on device", "error")
