@@ -19,6 +19,11 @@ from hiertune.search.outputs import RunFolder
 from hiertune.storage import Folder, RemoteFolder
 
 
+def create(run, space):
+    run.root.mkdir(parents=True)
+    run.space.write_text(space)
+
+
 @pytest.fixture(params=["local", "s3"])
 def storage(request, tmp_path):
     if request.param == "local":
@@ -30,7 +35,7 @@ def storage(request, tmp_path):
 def run(tmp_path, storage):
     folder = RunFolder(tmp_path / "here" / "search", storage)
     folder.root.parent.mkdir()
-    folder.create("name: search\n")
+    create(folder, "name: search\n")
     return folder
 
 
@@ -302,7 +307,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("fault", [500, 503, "hang", "cut"])
 def test_an_outage_stops_nothing_and_is_made_up_for(faulty_s3, s3_folder, tmp_path, often, quick, fault):
     run = RunFolder(tmp_path / "search", quick(s3_folder))
-    run.create("name: search\n")
+    create(run, "name: search\n")
     said = []
     mirror = Mirror(run, said.append)
     append(run.ledger, "before\n")
@@ -344,7 +349,7 @@ def test_what_trials_leave_is_removed_but_for_logits(run, often):
 
 def test_of_a_thousand_ended_trials_nothing_is_asked_one_by_one(faulty_s3, s3_folder, tmp_path):
     run = RunFolder(tmp_path / "search", Folder.at(s3_folder))
-    run.create("name: search\n")
+    create(run, "name: search\n")
     mirror = Mirror(run)
     faulty_s3.seen.clear()
     for number in range(1000):
