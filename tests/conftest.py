@@ -1,6 +1,7 @@
 """Settings that all tests share, and generated images."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def bench_module():
     def load(name):
         spec = importlib.util.spec_from_file_location(f"hiertune_bench{name}", _BENCH / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look for it there
         spec.loader.exec_module(module)
         return module
 

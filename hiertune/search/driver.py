@@ -226,7 +226,12 @@ def _run_trials(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(plan.folder.ray), stop=interruption, verbose=0
+            name="tune",
+            storage_path=str(plan.folder.ray),
+            stop=interruption,
+            verbose=0,
+            # A trial's checkpoint is its job's; Tune's would be one more file and event per trial.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
 
@@ -277,6 +282,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # After the trials Tune misses the files of its own loggers, and says so for each trial.
+    handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
     before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     logging.getLogger("hiertune").setLevel(logging.INFO)

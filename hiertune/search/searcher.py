@@ -65,7 +65,7 @@ class LedgerSearcher(Searcher):
         self._live[trial_id] = trial
         self._begun[trial_id] = time.monotonic()
         self._listener.trial_started(trial.number, config, trial.params)
-        return {"broker": self._broker, "job": self._make_job(trial.number, config)}
+        return {"broker": self._broker, "job": self._make_job(trial.number, config), "metric": self.metric}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         self._report(self._live[trial_id], result)
@@ -119,10 +119,5 @@ def _verdict(result: dict, error: bool) -> tuple[EndState, str | None]:
 
 
 def _metrics(result: dict) -> dict[str, float]:
-    """The metrics among the keys that Tune adds: ours are named `<split>/...`, or are known."""
-    own = ("train/", "val/", "test/", "weight/", "grad_norm/", "target/", "rate/")
-    return {
-        key: float(value)
-        for key, value in result.items()
-        if key.startswith(own) or key in ("lr", "epoch_seconds", "input_seconds")
-    }
+    """Of the last epoch; none if there was no epoch."""
+    return dict(result["measured"].metrics) if "measured" in result else {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 from ray import tune
 
-from hiertune.search.messages import Failed, Finished, Job, Reported
+from hiertune.search.messages import Failed, Finished, Job, Measured, Reported
 
 
 class TrialActor(tune.Trainable):
@@ -29,12 +31,10 @@ class TrialActor(tune.Trainable):
             case Reported(result):
                 # Of a trial that resumes, Tune sees the epoch it is really at.
                 self._iteration = result.epoch - 1
+                seconds = {"epoch_seconds": result.seconds, "input_seconds": result.input_seconds}
                 return {
-                    **result.metrics,
+                    **self._measured({**result.metrics, **seconds}),
                     "state": "completed" if result.last else "running",
-                    "epoch_seconds": result.seconds,
-                    "input_seconds": result.input_seconds,
-                    "steps": result.steps,
                     "notes": result.notes,
                     "done": result.last,
                 }
@@ -42,7 +42,7 @@ class TrialActor(tune.Trainable):
                 return {"state": "failed", "reason": reason, "done": True}
             case Finished():
                 # Only reached when a resumed checkpoint was already complete.
-                return {**event.outcome.metrics, "state": "completed", "done": True}
+                return {**self._measured(event.outcome.metrics), "state": "completed", "done": True}
         raise AssertionError(event)
 
     def cleanup(self) -> None:
@@ -59,8 +59,13 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: dict) -> None:
         self._broker = ray.get_actor(config["broker"])
         self._job: Job = config["job"]
+        self._metric: str = config["metric"]
         ray.get(self._broker.submit.remote(self._job))
         self._holds_job = True
+
+    def _measured(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """Of the metrics Tune sees the objective alone."""
+        return {self._metric: metrics[self._metric], "measured": Measured(metrics)}
 
     def _let_go(self) -> None:
         """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""

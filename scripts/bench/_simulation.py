@@ -11,7 +11,7 @@ Stood in for, each by the class of that name here:
 - Ray's actor processes, by `Actors` in place of Tune's RayActorManager: trial actors are objects in this
   process. What the driver pickles for them and unpickles from them it still does;
 - time, by `VirtualLoop`: when nothing is left to do, the clock goes on to the next event. The driver takes no
-  virtual time, or with `charge` as much as it really takes (its own part of it, not that of actors and groups);
+  virtual time, or with `charge` as much as it really takes (not what actors and groups take);
 - delivery to MLflow (the spool is written, nobody reads it), and all that comes after the trials.
 """
 
@@ -198,6 +198,8 @@ class Groups:
         self.reports = 0
         self.busy = self.waited = 0.0
         """Virtual seconds that rank 0 of all groups trained, and waited for an answer to a report."""
+        self.longest = 0.0
+        """Virtual seconds that the longest trial was trained."""
 
     def start(self) -> None:
         self._tasks = [
@@ -223,6 +225,7 @@ class Groups:
         epochs = job.config.train.epochs
         pace, fails = _luck(job.id, self._setting)
         metrics: dict[str, float] = {}
+        begun = self._loop.time()
         for epoch in range(self._trained.get(job.id, 0) + 1, epochs + 1):
             noise = random.Random(f"{job.id}/{epoch}")
             seconds = self._setting.epoch_seconds * pace * noise.lognormvariate(0.0, 0.05)
@@ -241,6 +244,7 @@ class Groups:
                 self.reports += 1
                 self.busy += seconds
                 self.waited += self._loop.time() - reported
+                self.longest = max(self.longest, self._loop.time() - begun)
             if decision is Decision.STOP:
                 break
         if rank == 0:
@@ -309,8 +313,18 @@ class _Handle:
         self.answers: dict[tuple, asyncio.Task] = {}
         """What blocked actors wait for: the same call, made once more, finds it here."""
 
-    def __getattr__(self, name: str) -> _Handle:
-        return _Method(self, name)  # type: ignore[return-value]
+    def __getattr__(self, name: str) -> _Method:
+        return _Method(self, name)
+
+    def get(self, reference: tuple[tuple | None, asyncio.Task], **_: Any) -> Any:
+        """In place of `ray.get`."""
+        key, answer = reference
+        if key is None:
+            return self._loop.run_until_complete(answer)
+        if not answer.done():
+            self.answers[key] = answer
+            raise _Blocked(answer)
+        return answer.result()
 
 
 @dataclasses.dataclass
@@ -324,29 +338,6 @@ class _Method:
             return key, answer
         call = getattr(self.handle._broker, self.name)
         return key, self.handle._loop.create_task(call(*args))
-
-
-class _Ray:
-    """Ray as `search/trainable.py` sees it."""
-
-    def __init__(self, handle: _Handle, loop: VirtualLoop) -> None:
-        self._handle = handle
-        self._loop = loop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ray, name)
-
-    def get_actor(self, name: str, *_: Any, **__: Any) -> _Handle:
-        return self._handle
-
-    def get(self, reference: tuple[tuple | None, asyncio.Task], **_: Any) -> Any:
-        key, answer = reference
-        if key is None:
-            return self._loop.run_until_complete(answer)
-        if not answer.done():
-            self._handle.answers[key] = answer
-            raise _Blocked(answer)
-        return answer.result()
 
 
 class _Process:
@@ -519,7 +510,8 @@ class Simulation:
                 (cluster, "node_resources", lambda: [resources]),
                 (ray, "cluster_resources", lambda: resources),
                 (sys.modules["ray.tune.tune"], "_ray_auto_init", lambda *_, **__: None),
-                (trainable, "ray", _Ray(handle, self.loop)),
+                (ray, "get", handle.get),
+                (ray, "get_actor", lambda *_, **__: handle),
                 (tune_controller, "RayActorManager", functools.partial(Actors, self)),
                 (storage, "_get_ray_train_session_dir", lambda: str(self.plan.folder.ray / "session")),
                 (tracker, "launch_delivery", _no_delivery),

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -24,24 +25,39 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from optuna.samplers import BaseSampler
+import psutil
+import ray
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from ray.air.execution import FixedResourceManager
+from ray.air.execution._internal import RayActorManager
 from ray.tune.execution.tune_controller import TuneController
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _simulation import ELSEWHERE, OTHER, Groups, Setting, Simulation, VirtualLoop  # noqa: E402
+from _simulation import (
+    ELSEWHERE,
+    OTHER,
+    Groups,
+    Setting,
+    Simulation,
+    VirtualLoop,
+    make_plan,
+    metric_names,
+)
 
-from hiertune.search import strategies  # noqa: E402
-from hiertune.search.broker import Broker  # noqa: E402
-from hiertune.search.display import Display  # noqa: E402
-from hiertune.search.ledger import Ledger  # noqa: E402
-from hiertune.search.listeners import Checkpoints, Curves, Log  # noqa: E402
-from hiertune.search.searcher import LedgerSearcher  # noqa: E402
-from hiertune.space import Space  # noqa: E402
-from hiertune.tracking import Tracker  # noqa: E402
+from hiertune.config import TrialConfig
+from hiertune.search import cluster, strategies
+from hiertune.search.broker import Broker
+from hiertune.search.display import Display
+from hiertune.search.ledger import Ledger
+from hiertune.search.listeners import Checkpoints, Curves, Log
+from hiertune.search.messages import Job, Reported
+from hiertune.search.searcher import LedgerSearcher
+from hiertune.search.trainable import TrialActor
+from hiertune.space import Space
+from hiertune.tracking import Tracker
+from hiertune.train.result import EpochResult, TrialOutcome
 
 TPE = "{kind: tpe}"
 RANDOM = "{kind: random}"
@@ -96,9 +112,7 @@ def main() -> None:
     if options.only is None or "knee" in options.only:
         figures["knee"] = knee(tenth)
     if options.only is None or "broker" in options.only:
-        figures["broker"] = {
-            groups: broker_messages(groups) for groups in (10, 100, 1_000 // tenth)
-        }
+        figures["broker"] = {groups: broker_messages(groups) for groups in (10, 100, 1_000 // tenth)}
     if options.only is None or "ray" in options.only:
         figures["ray"] = through_ray(tenth)
     print(json.dumps(figures), flush=True)
@@ -108,6 +122,23 @@ def _smaller(setting: Setting, tenth: int) -> Setting:
     return Setting(
         **{**asdict(setting), "trials": setting.trials // tenth, "groups": setting.groups // tenth}
     )
+
+
+def _print_case(name: str, setting: Setting, found: dict[str, Any]) -> None:
+    title = f"{name}: {setting.trials:,} trials on {setting.groups:,} groups, {setting.sampler}, "
+    table = Table(title=title + setting.scheduler, title_justify="left")
+    parts = [part for part in found["per_report_ms"] if part != "all"]
+    parts = [part for part in parts if found["per_report_ms"][part][0] >= 0.005] + ["all"]
+    table.add_column("CPU ms of the driver")
+    for heading in ("a report", "median", "99%", "an ask", "an end"):
+        table.add_column(heading, justify="right")
+    for part in dict.fromkeys([*parts[:-1], *found["per_ask_ms"], "all"]):
+        cells = [*found["per_report_ms"].get(part, [0, 0, 0])]
+        cells += [found[key].get(part, [0])[0] for key in ("per_ask_ms", "per_end_ms")]
+        table.add_row(part, *(f"{cell:.2f}" for cell in cells))
+    console = Console(width=120)
+    console.print(table)
+    console.print({key: value for key, value in found.items() if not key.startswith("per_")})
 
 
 def _in_new_process(setting: Setting) -> dict[str, Any]:
@@ -255,6 +286,176 @@ def measure(setting: Setting) -> dict[str, Any]:
             "groups_busy": simulation.groups.busy / (simulation.loop.time() * setting.groups),
             "waited": simulation.groups.waited / max(1e-9, simulation.groups.busy + simulation.groups.waited),
         }
+
+
+# ---------------------------------------------------------------------------------------- the knee
+
+
+def knee(tenth: int = 1) -> dict[str, dict[str, float]]:
+    """Share of their time that groups wait for answers, where the driver's time counts, by epoch length."""
+    found: dict[str, dict[str, float]] = {}
+    for sampler in (RANDOM, TPE):
+        for seconds in (2.0, 5.0, 15.0, 60.0):
+            setting = Setting(2_000, 500, sampler=sampler, epoch_seconds=seconds, charge=True)
+            result = _in_new_process(_smaller(setting, tenth))
+            row = {key: round(result[key], 3) for key in ("waited", "groups_busy")}
+            found[f"{sampler} {seconds:g} s"] = row
+            print(f"500 groups, {sampler}, epochs of {seconds:g} s: {row}", flush=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------- the broker
+
+
+class _Counted:
+    """A broker that counts the calls it gets."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self._broker, name)
+
+
+def broker_messages(groups: int, ranks: int = 2, jobs_per_group: int = 4) -> dict[str, float]:
+    """Calls per second of one core that the broker takes, in-process: `groups` of `ranks` workers, each
+    group with a submitter that follows one trial after another."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(groups * jobs_per_group, groups, ranks=ranks, epochs=8)
+        plan = make_plan(setting, Path(folder))
+    loop = VirtualLoop()
+    broker = _Counted(Broker())
+    crew = Groups(setting, broker, loop)  # type: ignore[arg-type]
+    config = plan.space.defaults()
+
+    async def submit(index: int) -> None:
+        for number in range(jobs_per_group):
+            job = Job(f"trial-{index}-{number}", config, folder)
+            await broker.submit(job)
+            while isinstance(await broker.advance(job.id), Reported):
+                pass
+
+    async def all_jobs() -> None:
+        await asyncio.gather(*(submit(index) for index in range(groups)))
+
+    crew.start()
+    begun = time.thread_time()
+    loop.run_until_complete(all_jobs())
+    spent = time.thread_time() - begun
+    crew.end()
+    found = {"calls": broker.calls, "calls_per_second": round(broker.calls / spent)}
+    print(f"broker in-process, {groups} groups of {ranks}: {found}", flush=True)
+    return found
+
+
+# ------------------------------------------------------------------------------- through real Ray
+
+
+def through_ray(tenth: int = 1) -> dict[str, Any]:
+    """What Ray itself adds: calls of the broker's actor, Tune's wait for a thousand actors, a trial actor."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster.connect()
+        try:
+            found = {
+                "broker": _broker_actor(Path(folder), groups=200 // tenth),
+                "wait_ms": {waiting: _wait_ms(waiting) for waiting in (10, 100, 1_000 // tenth)},
+            }
+        finally:
+            ray.shutdown()
+    print(f"through Ray: {found}", flush=True)
+    return found
+
+
+def _broker_actor(folder: Path, groups: int) -> dict[str, float]:
+    """The CPU seconds of the broker's process per call, with two processes of clients."""
+    broker: Any = ray.remote(Broker).options(num_cpus=0, max_concurrency=10_000, name="broker").remote()
+    config = make_plan(Setting(1, 1, epochs=8), folder).space.defaults()
+    clients = [ray.remote(_Clients).options(num_cpus=0, max_concurrency=10).remote(broker) for _ in range(2)]
+    process = psutil.Process(ray.get(broker.__ray_call__.remote(lambda _: os.getpid())))
+    trial = ray.remote(TrialActor).options(num_cpus=0)
+    options = {"broker": "broker", "job": Job("a trial", config, str(folder)), "metric": "val/accuracy/genus"}
+    actor = trial.remote(config=options)
+    ray.get(actor.__ray_ready__.remote())
+    memory = psutil.Process(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))).memory_full_info().uss
+    ray.get(actor.stop.remote())
+    begun, spent = time.perf_counter(), sum(process.cpu_times()[:2])
+    calls = sum(
+        ray.get([client.run.remote(f"client-{i}", groups // 2, config) for i, client in enumerate(clients)])
+    )
+    wall, spent = time.perf_counter() - begun, sum(process.cpu_times()[:2]) - spent
+    return {
+        "calls": calls,
+        "calls_per_second_of_cpu": round(calls / spent),
+        "calls_per_second_here": round(calls / wall),
+        "trial_actor_mib": round(memory / 2**20),
+    }
+
+
+class _Clients:
+    """In its own process: groups of two workers that train in no time, and the submitters of their jobs."""
+
+    def __init__(self, broker: Any) -> None:
+        self._broker = broker
+        self._calls = 0
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        self._calls += 1
+        return await getattr(self._broker, method).remote(*args)
+
+    async def _worker(self, group: str, rank: int) -> None:
+        await self._ask("open_generation", group, group)
+        job = await self._ask("take", group, group, rank, 0)
+        for epoch in range(1, job.config.train.epochs + 1):
+            last = epoch == job.config.train.epochs
+            result = EpochResult(epoch, dict.fromkeys(metric_names(44), 0.5), 1.0, epoch, last)
+            await self._ask("report", group, group, rank, 0, result)
+        if rank == 0:
+            await self._ask("finish", group, group, 0, TrialOutcome(epoch, False, result.metrics))
+
+    async def _submitter(self, name: str, config: TrialConfig) -> None:
+        await self._ask("submit", Job(name, config, "/nowhere"))
+        while isinstance(await self._ask("advance", name), Reported):
+            pass
+
+    async def run(self, name: str, groups: int, config: TrialConfig) -> int:
+        workers = [self._worker(f"{name}-{group}", rank) for group in range(groups) for rank in range(2)]
+        submitters = [self._submitter(f"{name}-trial-{index}", config) for index in range(groups)]
+        await asyncio.gather(*workers, *submitters)
+        return self._calls
+
+
+class _Sleeper:
+    async def work(self, seconds: float) -> dict[str, float]:
+        await asyncio.sleep(seconds)
+        return {}
+
+
+def _wait_ms(waiting: int, events: int = 300) -> float:
+    """CPU milliseconds of the driver's thread per event, with so many trials at work at once: what Tune's
+    RayActorManager takes to find the next answer among them, and to ask the next question."""
+    actor: Any = ray.remote(_Sleeper).options(num_cpus=0, max_concurrency=2_000).remote()
+    manager = RayActorManager(FixedResourceManager())
+    left = events
+
+    def ask(_: object = None) -> None:
+        nonlocal left
+        left -= 1
+        future = actor.work.remote(random.uniform(1.0, 2.0))
+        manager._actor_task_events.track_future(future, on_result=ask)
+
+    for _ in range(waiting):
+        ask()
+    left = events
+    manager.next()
+    begun, spent = events - left, time.thread_time()
+    while left > 0:
+        manager.next()
+    return round((time.thread_time() - spent) * 1e3 / (events - begun), 3)
+
+
+# -------------------------------------------------------------------------------------- summing up
 
 
 def _sums(rows: list[dict[str, float]]) -> dict[str, float]:
