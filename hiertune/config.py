@@ -590,6 +590,9 @@ class TPEConfig(Config):
     kind: Literal["tpe"] = "tpe"
     startup_trials: PositiveInt = 10
     """Random trials before the model of good settings is used."""
+    considered_trials: Annotated[int, Field(ge=100)] = 1000
+    """The model is made of the newest so many trials that have ended, the 25 best of all, and those that run.
+    The time to ask for a trial grows with their number."""
 
 
 class RandomConfig(Config):

@@ -30,6 +30,7 @@ def bench_module():
     def load(name):
         spec = importlib.util.spec_from_file_location(f"hiertune_bench{name}", _BENCH / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look for it there
         spec.loader.exec_module(module)
         return module
 

@@ -16,6 +16,8 @@ from hiertune.search.budget import Ending
 from hiertune.search.ledger import Mode, TrialRecord
 
 _MARKS = {"completed": "[green]✔[/]", "pruned": "[yellow]◦[/]", "failed": "[red]✘[/]"}
+_MOST_SHOWN = 20
+"""Running trials with a line of their own: to draw a thousand takes the time of a hundred epochs' reports."""
 
 
 class Display:
@@ -123,7 +125,8 @@ class Display:
                 )
             )
         parts += [Text.from_markup(line) for line in self._last]
-        for number, (epoch, epochs, value, begun) in sorted(self._running.items()):
+        running = sorted(self._running.items())
+        for number, (epoch, epochs, value, begun) in running[:_MOST_SHOWN]:
             shown = "" if value is None else f"{value:.4f}"
             parts.append(
                 Text.from_markup(
@@ -131,6 +134,8 @@ class Display:
                     f"{time.monotonic() - begun:6.1f} s"
                 )
             )
+        if len(running) > _MOST_SHOWN:
+            parts.append(Text(f"  and {len(running) - _MOST_SHOWN} more", style="dim"))
         if self._status:
             parts.append(Text(self._status, style="dim"))
         if self._notice:

@@ -395,6 +395,8 @@ def _run_trials(
             storage_path=str(plan.folder.ray),
             stop=_Halt(session),
             failure_config=tune.FailureConfig(max_failures=_ACTORS_PER_TRIAL),
+            # A trial's checkpoint is its job's; Tune's would be one more file and event per trial.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     ).fit()
@@ -483,6 +485,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # After the trials Tune misses the files of its own loggers, and says so for each trial.
+    handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
     before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     logging.getLogger("hiertune").setLevel(logging.INFO)

@@ -231,6 +231,10 @@ class Ledger:
         """Whether an epoch of the trial is recorded."""
         return epoch in self._memory.get_trial(trial._trial_id).intermediate_values
 
+    def last_epoch(self, trial: Trial) -> int:
+        """The last epoch of the trial that is recorded; 0 if there is none."""
+        return max(self._memory.get_trial(trial._trial_id).intermediate_values, default=0)
+
     def report(self, trial: Trial, epoch: int, value: float) -> bool:
         """Record an epoch's objective. False for an epoch that is recorded: it is not recorded again."""
         if self.has(trial, epoch):

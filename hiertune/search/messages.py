@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hiertune.config import TrialConfig
@@ -14,7 +14,7 @@ class Job:
     """One training run for a worker group: a trial of the search, the refit, or a control."""
 
     id: str
-    config: TrialConfig
+    config: TrialConfig = field(repr=False)  # Tune writes jobs into messages that nobody reads
     folder: str
     """Where its checkpoint (and, with `export`, its model) is written."""
     fit_on: tuple[str, ...] = ("train",)
@@ -29,6 +29,14 @@ class Job:
     """How often it goes on after a fault that another try can mend, before it counts as failed."""
     hang_timeout: float = 1800.0
     """Seconds without a trained batch after which its workers are replaced."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An epoch's metrics on their way through Tune, which keeps statistics of every number it can see in a
+    result: 44 of them cost 130 KiB per trial and half of the driver's time."""
+
+    metrics: dict[str, float] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class LedgerSearcher(Searcher):
         self._live[trial_id] = trial
         self._begun[trial_id] = time.monotonic()
         self._listener.trial_started(trial.number, config, trial.params)
-        return {"broker": self._broker, "job": self._make_job(trial.number, config)}
+        return {"broker": self._broker, "job": self._make_job(trial.number, config), "metric": self.metric}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         trial = self._live[trial_id]
@@ -108,7 +108,7 @@ class LedgerSearcher(Searcher):
             trial,
             state,
             value=result.get(self.metric),
-            epochs=result.get("training_iteration", 0),
+            epochs=self._ledger.last_epoch(trial),
             seconds=seconds,
             metrics=_metrics(result),
             reason=reason,
@@ -157,10 +157,5 @@ def _verdict(result: dict, error: bool) -> tuple[EndState, str | None, Fault | N
 
 
 def _metrics(result: dict) -> dict[str, float]:
-    """The metrics among the keys that Tune adds: ours are named `<split>/...`, or are known."""
-    own = ("train/", "val/", "test/", "weight/", "grad_norm/", "target/", "rate/")
-    return {
-        key: float(value)
-        for key, value in result.items()
-        if key.startswith(own) or key in ("lr", "epoch_seconds", "input_seconds")
-    }
+    """Of the last epoch; none if there was no epoch."""
+    return dict(result["measured"].metrics) if "measured" in result else {}

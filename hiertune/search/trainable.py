@@ -9,7 +9,7 @@ import ray
 from ray import tune
 
 from hiertune.search.follower import Follower
-from hiertune.search.messages import Event, Failed, Finished, Reported, Stopped
+from hiertune.search.messages import Event, Failed, Finished, Measured, Reported, Stopped
 
 
 class TrialActor(tune.Trainable):
@@ -37,12 +37,10 @@ class TrialActor(tune.Trainable):
             case Reported(result):
                 # Of a trial that resumes, Tune sees the epoch it is really at.
                 self._iteration = result.epoch - 1
+                seconds = {"epoch_seconds": result.seconds, "input_seconds": result.input_seconds}
                 return {
-                    **result.metrics,
+                    **self._measured({**result.metrics, **seconds}),
                     "state": "completed" if result.last else "running",
-                    "epoch_seconds": result.seconds,
-                    "input_seconds": result.input_seconds,
-                    "steps": result.steps,
                     "notes": result.notes,
                     "done": result.last,
                 }
@@ -52,7 +50,7 @@ class TrialActor(tune.Trainable):
                 return {"state": "interrupted", "done": True}
             case Finished(outcome):
                 # Only reached when a resumed checkpoint was already complete.
-                return {**outcome.metrics, "state": "completed", "done": True}
+                return {**self._measured(outcome.metrics), "state": "completed", "done": True}
 
     def cleanup(self) -> None:
         self._let_go()
@@ -68,8 +66,13 @@ class TrialActor(tune.Trainable):
             self._follower.skip(checkpoint["epoch"])
 
     def _begin(self, config: dict) -> None:
+        self._metric: str = config["metric"]
         self._follower = Follower(ray.get_actor(config["broker"]), config["job"])
         self._holds_job = True
+
+    def _measured(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """Of the metrics Tune sees the objective alone."""
+        return {self._metric: metrics[self._metric], "measured": Measured(metrics)}
 
     def _let_go(self) -> None:
         """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""

@@ -12,7 +12,7 @@ from hiertune.config import DataConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.record import newest_study, open_storage
 from hiertune.search.ledger import Ledger, LedgerLost, Used, carried_over, put_outside
-from hiertune.search.messages import Job
+from hiertune.search.messages import Job, Measured
 from hiertune.search.searcher import LedgerSearcher
 
 CONFIG = TrialConfig(data=DataConfig(path="none.h5"))
@@ -394,7 +394,15 @@ def search(path, groups):
 
 
 def result(epoch, value, **more):
-    return {"training_iteration": epoch, "val/accuracy": value, "lr": 0.1, "pid": 7, **more}
+    metrics = {"val/accuracy": value, "lr": 0.1, **{name: each for name, each in more.items() if "/" in name}}
+    rest = {name: each for name, each in more.items() if "/" not in name}
+    return {
+        "training_iteration": epoch,
+        "val/accuracy": value,
+        "pid": 7,
+        "measured": Measured(metrics),
+        **rest,
+    }
 
 
 def test_a_completed_trial(search):
