@@ -3,6 +3,7 @@
 import pytest
 import s3
 
+from hiertune._text import without_passwords
 from hiertune.errors import InputError
 from hiertune.report.read import read_search
 from hiertune.search.mirror import Mirror
@@ -82,7 +83,8 @@ def test_a_broken_space_is_told_before_storage_is_looked_at(write, tmp_path):
 def test_a_search_is_resumed_where_it_never_was(write, tmp_path, s3_folder):
     space = write(f"storage: {s3_folder}\n")
     here = plan_search(space, tmp_path / "here").folder
-    here.create(space.read_text())
+    here.root.mkdir(parents=True)
+    here.space.write_text(space.read_text())
     here.ledger.write_text("told\n")
     Mirror(here).close()
     with pytest.raises(InputError, match=r"exists already: s3://"):
@@ -109,5 +111,6 @@ def plan_folder(space, tmp_path):
     from hiertune.search.outputs import RunFolder
 
     folder = RunFolder(tmp_path / "runs" / "search")
-    folder.create(space.read_text())
+    folder.root.mkdir(parents=True)
+    folder.space.write_text(without_passwords(space.read_text()))
     return folder

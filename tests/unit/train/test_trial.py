@@ -481,7 +481,7 @@ def test_a_disk_that_is_full_costs_the_checkpoints_and_one_note(
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hiertune.train.checkpoint.os.fsync", fsync)
+        patch.setattr("hiertune.storage.os.fsync", fsync)
         record = alone(rich, data, checkpoint=checkpoint)
     assert comparable(record) == comparable(whole)
     said = [[note for note in report.notes if "checkpoint" in note] for report in record["reports"]]
@@ -491,7 +491,7 @@ def test_a_disk_that_is_full_costs_the_checkpoints_and_one_note(
         *([] for _ in range(2)),
     ]
     left = sorted(file.name for file in checkpoint.parent.iterdir())
-    assert left == ([] if lasting else ["checkpoint", "checkpoint.previous"])
+    assert left == ([] if lasting else ["checkpoint", "checkpoint.other"])
 
 
 def test_logits_that_cannot_be_kept_cost_the_logits_and_a_note(config, data, alone, tmp_path):
