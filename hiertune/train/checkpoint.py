@@ -104,7 +104,7 @@ def encode_checkpoint(state: dict[str, Any]) -> bytes:
 def decode_checkpoint(payload: bytes) -> dict[str, Any]:
     """The saved state on the CPU. Loads tensors and plain values only: a checkpoint cannot run code.
 
-    InputError for what `save_checkpoint` can't have written; its checksum was right, so somebody else did.
+    InputError for what `encode_checkpoint` can't have written; its checksum was right, so somebody else did.
     """
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)

@@ -191,31 +191,36 @@ def cut_off(file):
     file.write_bytes(file.read_bytes()[:-7])
 
 
+def number(file):
+    """Which one of the trial's checkpoints it is."""
+    return int.from_bytes(file.read_bytes().split(b"\n", 1)[1][:8], "big")
+
+
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_or_by_a_new_start(pool, make_job):
     epochs = 500
     plain = Followed(pool, make_job("plain", epochs=epochs)).metrics()
     job = make_job("damaged", epochs=epochs)
     followed = Followed(pool, job)
-    checkpoint = Path(job.folder) / "checkpoint"
-    previous = Path(job.folder) / "checkpoint.previous"
-    for files, damage in (([checkpoint], flip_a_bit), ([checkpoint, previous], cut_off)):
+    both = [Path(job.folder) / name for name in ("checkpoint", "checkpoint.other")]
+    notes = []
+    for most, damage in ((1, flip_a_bit), (2, cut_off)):
         seen = generations(pool)
         told = len(followed.epochs)
         wait_for(lambda told=told: len(followed.epochs) > told)
-        wait_for(lambda: checkpoint.exists() and previous.exists())
+        wait_for(lambda: all(file.exists() for file in both))
         frozen = workers()
         for process in frozen:
             os.kill(process.pid, signal.SIGSTOP)
-        for file in files:
+        newest_first = sorted(both, key=number, reverse=True)
+        for file in newest_first[:most]:
             damage(file)
+        then = "the one before it is used" if most == 1 else "and there is no other: training starts anew"
+        notes.append(f"the checkpoint {newest_first[most - 1]} is damaged{':,'[most - 1]} {then}")
         for process in frozen:
             os.kill(process.pid, signal.SIGKILL)
         wait_for(lambda seen=seen: generations(pool) == seen + 1)
     assert followed.metrics() == plain
-    assert followed.notes == [
-        f"the checkpoint {checkpoint} is damaged: the one before it is used",
-        f"the checkpoint {previous} is damaged, and there is no other: training starts anew",
-    ]
+    assert followed.notes == notes
     assert [incident.fault for incident in followed.incidents] == ["crashed", "crashed"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hiertune.train.checkpoint import save_checkpoint
+from hiertune.train.checkpoint import Checkpoint, encode_checkpoint
 
 SEED = 20
 
@@ -477,7 +477,7 @@ def test_a_checkpoint_of_something_else_is_refused(folder, refused):
     """Its checksum is right; one with a wrong checksum was cut off, and the one before it counts."""
     path = folder / "out" / "checkpoint"
     for state in ({"trial": "another"}, {}):
-        save_checkpoint(path, state)
+        Checkpoint(path).save(encode_checkpoint(state))
         assert "another config" in refused(["train", "config.yaml", "--out", "out"], "checkpoint")
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hiertune.train.checkpoint import save_checkpoint
+from hiertune.train.checkpoint import Checkpoint
 
 
 class Evil:
@@ -112,16 +112,10 @@ def test_parquet_with_metadata_of_pandas(folder, run, commands, evil):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_checkpoints(folder, refused, evil, protocol):
     path = folder / "out" / "checkpoint"
-    save_checkpoint(path, {"trial": "x"})
     torch.save({"trial": evil}, folder / "saved", pickle_protocol=protocol)
-    payload = (folder / "saved").read_bytes()
-    import zlib
-
-    head = b"hiertune-checkpoint-1\n" + zlib.crc32(payload).to_bytes(4, "big")
-    path.write_bytes(head + payload)
-    refused(["train", "config.yaml", "--out", "out"], "checkpoint")
-    path.write_bytes(head[:-4] + zlib.crc32(pickle.dumps(evil)).to_bytes(4, "big") + pickle.dumps(evil))
-    refused(["train", "config.yaml", "--out", "out"], "checkpoint")
+    for payload in ((folder / "saved").read_bytes(), pickle.dumps(evil)):
+        Checkpoint(path).save(payload)
+        refused(["train", "config.yaml", "--out", "out"], "checkpoint")
 
 
 def test_weights_of_a_backbone(folder, refused, evil):

@@ -22,7 +22,7 @@ def end(folder, number, state="completed", value=None, logits=True):
     """The record of a trial that has just ended, its files in its folder."""
     folder.trial(number).mkdir(parents=True)
     (folder.trial(number) / "checkpoint").touch()
-    (folder.trial(number) / "checkpoint.previous").touch()
+    (folder.trial(number) / "checkpoint.other").touch()
     if state == "completed" and logits:
         folder.logits(number).touch()
     return TrialRecord(number, state, {}, value)
