@@ -98,7 +98,7 @@ def _leftovers(run: RunFolder) -> Iterator[Finding]:
             "leftovers",
             f"{name}: {missing:,} of {state.total:,} points are not delivered",
             why,
-            f"hiertune sync {run.root}",
+            f"hiertune track sync {run.root}",
         )
     if not alive and run.ledger.exists() and not run.summary.exists():
         why = "its finished trials are kept, and it has no winner yet"

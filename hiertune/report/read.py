@@ -90,6 +90,10 @@ def read_search(run_dir: Path) -> Search:
     record = _read_ledger(run_dir, space)
     with _reading(run_dir / "trials.csv"):
         trials = _read_trials(run_dir / "trials.csv")
+    if record is None and len(trials) and (run_dir / "ledger.log").exists():
+        raise InputError(
+            "holds no search, and trials.csv has one", file=run_dir / "ledger.log", allowed="its journal"
+        )
     with _reading(run_dir / "ledger.log"):
         if record is not None and (len(record.trials) > len(trials) or record.is_revised(trials)):
             trials = _trials_of(record.trials)  # the table is written when a search ends

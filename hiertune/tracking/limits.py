@@ -22,6 +22,8 @@ def clean_name(name: str) -> str:
     """
     parts = re.sub(r"[^/\w.\- ]", "_", name).split("/")
     clean = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    if clean.startswith(".."):  # to MLflow that is a way out of its folder, whatever follows
+        clean = f"_{clean}"
     if clean == name and len(name) <= LONGEST_KEY and posixpath.normpath(name) == name:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

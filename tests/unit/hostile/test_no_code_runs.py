@@ -143,8 +143,9 @@ def test_weights_of_a_backbone(folder, refused, evil):
 def test_a_resumed_search_with_a_spoiled_record(folder, refused, evil):
     (folder / "runs" / "demo" / "summary.json").unlink()
     (folder / "space.yaml").write_text((folder / "runs/demo/space.yaml").read_text().replace("../../", ""))
-    (folder / "runs" / "demo" / "space.yaml").write_bytes(pickle.dumps(evil))
-    refused(["search", "space.yaml", "--name", "demo", "--resume"], "space.yaml")
+    (folder / "runs" / "demo" / "search.lock").touch()
+    (folder / "runs" / "demo" / "ledger.log").write_bytes(pickle.dumps(evil) + b"\n{}\n")
+    refused(["search", "space.yaml", "--name", "demo", "--resume"], "ledger.log")
 
 
 def test_what_is_read_with_yaml_runs_nothing(folder, refused, commands):
