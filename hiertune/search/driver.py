@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
 from ray.tune import TuneError
 from rich.console import Console
 from rich.markup import escape
@@ -26,14 +25,13 @@ from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape
 from hiertune.search.credentials import kept_from_ray
-from hiertune.search.decoding import Choice, choose_rule, keeps_logits
+from hiertune.search.decoding import Choice, choose_rule
 from hiertune.search.display import Display
 from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, TrialRecord
 from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
-from hiertune.search.messages import Job
 from hiertune.search.mirror import Mirror, fetch_folder
 from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
@@ -47,12 +45,10 @@ from hiertune.search.results import (
     resume_command,
 )
 from hiertune.search.resume import open_ledger
-from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.session import Session
 from hiertune.search.stop import write_command
-from hiertune.search.strategies import Memory, build_sampler, build_scheduler
 from hiertune.search.summary import summarise
-from hiertune.search.trainable import TrialActor
+from hiertune.search.trials import run_trials
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
 from hiertune.tracking import Delivery, Tracker, display_uri
@@ -64,8 +60,6 @@ _DELIVERY_PATIENCE_S = 10.0
 back in less; a longer outage is not worth the user's time, as one command delivers the rest later."""
 _LAST_POINTS_S = 2.0
 """How long delivery may take when the search is to stop at once."""
-_ACTORS_PER_TRIAL = 10
-"""Trial actors that may die. They hold nothing but a place in the broker's list of events."""
 
 
 class SearchFailed(Exception):
@@ -305,7 +299,7 @@ def _run_all(
         display.say("starting worker groups")
         with interruption.finishing(), session:
             with _kept(ledger), kept_from_ray():
-                _run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
+                run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
             if session.halted:
                 display.say("saving checkpoints")
                 pool.settle()
@@ -340,93 +334,6 @@ def _kept(ledger: Ledger) -> Iterator[None]:
             raise
     if ledger.lost is not None:
         raise SearchFailed(f"{ledger.lost}; what it has is kept, and `--resume` goes on")
-
-
-def _run_trials(
-    plan: SearchPlan,
-    ledger: Ledger,
-    pool: WorkerPool,
-    listeners: Listeners,
-    session: Session,
-) -> None:
-    """Let Tune run the trials that are left; the ledger has them when this returns."""
-    search = plan.config.search
-    keep = keeps_logits(plan)
-    # A resumed search draws on: with the old seed it would propose its first trials again.
-    ledger.study.sampler = build_sampler(search.sampler, search.seed + len(ledger.records()))
-
-    def make_job(number: int, config: TrialConfig) -> Job:
-        return Job(
-            f"trial-{number}",
-            plan.located(config),
-            plan.folder.trial_place(number),
-            keep_logits=plan.folder.logits_place(number) if keep else None,
-            max_retries=search.worker_group.max_retries,
-            hang_timeout=search.worker_group.hang_timeout,
-        )
-
-    searcher = LedgerSearcher(
-        ledger,
-        plan.space.suggest,
-        make_job,
-        pool.broker_name,
-        plan.metric,
-        plan.mode,
-        listeners,
-        halted=lambda: session.halted,
-        enough=lambda: session.ending is not None,
-        groups=lambda: pool.size,
-        check=pool.check,
-    )
-    tune.Tuner(
-        # The worker groups hold the CPUs and GPUs; trial actors only ask to be where the driver is.
-        tune.with_resources(TrialActor, tune.PlacementGroupFactory([cluster.this_node()])),
-        tune_config=tune.TuneConfig(
-            metric=plan.metric,
-            mode=plan.mode,
-            search_alg=searcher,
-            scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
-            num_samples=plan.trials - len(ledger.ended()),
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(plan.folder.ray),
-            stop=_Halt(session),
-            failure_config=tune.FailureConfig(max_failures=_ACTORS_PER_TRIAL),
-            # A trial's checkpoint is its job's; Tune's would be one more file and event per trial.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
-        ),
-    ).fit()
-
-
-def _memory(ledger: Ledger) -> Memory:
-    """What the scheduler of a resumed search has to know."""
-    epochs, ended = ledger.epochs(), {record.number for record in ledger.ended()}
-    return Memory(
-        {f"trial-{number}": values for number, values in epochs.items() if number in ended},
-        {f"trial-{number}": values for number, values in epochs.items() if number not in ended},
-    )
-
-
-class _Halt(tune.Stopper):
-    """Ends running trials with the result of their current epoch."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __call__(self, trial_id: str, result: dict) -> bool:
-        return self._session.halted
-
-    def stop_all(self) -> bool:
-        """Never: Tune would throw that result away."""
-        return False
-
-    def __getstate__(self) -> dict:
-        """For Tune's snapshot, which is never restored."""
-        return {}
 
 
 def _measure_winner(
