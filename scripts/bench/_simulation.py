@@ -48,7 +48,7 @@ from hiertune.config import TrialConfig
 from hiertune.data import write_dataset
 from hiertune.search import cluster, driver, trainable
 from hiertune.search.broker import Broker
-from hiertune.search.messages import Job
+from hiertune.search.messages import Cause, Job
 from hiertune.search.plan import SearchPlan, plan_search
 from hiertune.tracking import tracker
 from hiertune.train.result import Decision, EpochResult, TrialOutcome
@@ -233,7 +233,7 @@ class Groups:
             if epoch == fails:
                 if rank == 0:
                     reason = f"the loss was not finite in epoch {epoch}"
-                    await self._broker.fail(group, token, number, reason)
+                    await self._broker.fail(group, token, number, Cause("diverged", reason))
                 return
             metrics = dict.fromkeys(self._names, accuracy(job.config, epoch) + noise.gauss(0.0, 0.01))
             result = EpochResult(epoch, metrics, seconds, 100 * epoch, last=epoch == epochs)
@@ -278,8 +278,8 @@ def _luck(job: str, setting: Setting) -> tuple[float, int | None]:
 class Pool:
     """In place of WorkerPool."""
 
-    def __init__(self, simulation: Simulation, size: int, *_: Any, **__: Any) -> None:
-        self.size = size
+    def __init__(self, simulation: Simulation, most: int, *_: Any, **__: Any) -> None:
+        self.size = min(most, simulation.setting.groups)
         self.broker_name = "broker"
         self._simulation = simulation
 
@@ -292,6 +292,11 @@ class Pool:
 
     def run(self, job: Job) -> None:
         raise TrialsDone
+
+    def check(self) -> None: ...
+
+    def halt(self) -> None:
+        raise AssertionError("nobody stops a simulated search")
 
 
 # ------------------------------------------------------------------------------------ trial actors
@@ -506,7 +511,9 @@ class Simulation:
         with contextlib.ExitStack() as stack, contextlib.suppress(TrialsDone):
             for owner, name, replacement in (
                 (driver, "WorkerPool", functools.partial(Pool, self)),
-                (cluster, "connect", lambda: None),
+                (cluster, "connect", lambda *_: None),
+                (cluster, "this_node", lambda: {"CPU": 0.001}),
+                (driver.Lifeline, "watch", lambda _: None),
                 (cluster, "node_resources", lambda: [resources]),
                 (ray, "cluster_resources", lambda: resources),
                 (sys.modules["ray.tune.tune"], "_ray_auto_init", lambda *_, **__: None),

@@ -334,8 +334,9 @@ def broker_messages(groups: int, ranks: int = 2, jobs_per_group: int = 4) -> dic
         for number in range(jobs_per_group):
             job = Job(f"trial-{index}-{number}", config, folder)
             await broker.submit(job)
-            while isinstance(await broker.advance(job.id), Reported):
-                pass
+            after = 0
+            while isinstance(event := await broker.advance(job.id, after), Reported):
+                after = event.result.epoch
 
     async def all_jobs() -> None:
         await asyncio.gather(*(submit(index) for index in range(groups)))
@@ -416,8 +417,9 @@ class _Clients:
 
     async def _submitter(self, name: str, config: TrialConfig) -> None:
         await self._ask("submit", Job(name, config, "/nowhere"))
-        while isinstance(await self._ask("advance", name), Reported):
-            pass
+        after = 0
+        while isinstance(event := await self._ask("advance", name, after), Reported):
+            after = event.result.epoch
 
     async def run(self, name: str, groups: int, config: TrialConfig) -> int:
         workers = [self._worker(f"{name}-{group}", rank) for group in range(groups) for rank in range(2)]
