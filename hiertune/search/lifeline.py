@@ -200,4 +200,4 @@ def _begin_anew(command: list[str], environment: dict[str, str]) -> NoReturn:
             with contextlib.suppress(OSError):  # the listing's own is gone already
                 os.set_inheritable(int(name), False)  # sockets of Ray's native code
     sys.stdout.flush()
-    os.execve(command[0], command, environment)
+    os.execve(command[0], command, environment)  # nosec B606 - this program's own command line

@@ -166,6 +166,7 @@ def test_without_a_retry_left_the_job_fails_with_the_last_reason(pool, make_job)
     assert ending.reason.endswith("was killed (SIGKILL, or an exit without a word)")
 
 
+@pytest.mark.long
 def test_without_memory_it_is_tried_again_in_fresh_processes(pool, make_job):
     Followed(pool, make_job("warm", epochs=1)).metrics()
     before = generations(pool)
@@ -196,6 +197,7 @@ def number(file):
     return int.from_bytes(file.read_bytes().split(b"\n", 1)[1][:8], "big")
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_or_by_a_new_start(pool, make_job):
     epochs = 500
     plain = Followed(pool, make_job("plain", epochs=epochs)).metrics()
@@ -248,6 +250,7 @@ def test_on_a_full_disk_training_goes_on_without_checkpoints(pool, make_job, sma
     assert (followed.incidents, generations(pool)) == ([], before)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_written_is_said_in_plain_words(pool, make_job, small_disk):
     Followed(pool, make_job("before", epochs=1)).metrics()
     before = generations(pool)

@@ -216,6 +216,7 @@ def ended_rows(run):
     return [row for row in rows_of(run) if row["state"] not in ("interrupted", "outside")]
 
 
+@pytest.mark.long
 def test_a_search_on_postgresql_is_killed_and_goes_on_and_is_extended(
     hiertune, start_hiertune, write_space, tmp_path, postgresql
 ):
@@ -265,6 +266,7 @@ def test_a_search_on_postgresql_is_killed_and_goes_on_and_is_extended(
     assert len(ended_rows(run)) == 5
 
 
+@pytest.mark.long
 def test_finished_trials_stay_as_they_are(hiertune, write_space, tmp_path):
     search = "scheduler: {kind: asha, grace_epochs: 1}, controls: false, refit: false"
     space = write_space(search, trials=3)
@@ -306,6 +308,7 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_search_goes_on(hier
     assert any(row["state"] == "completed" for row in rows)
 
 
+@pytest.mark.long
 def test_a_search_in_which_nothing_is_completed_fails(hiertune, write_space):
     text = SPACE.replace("{loguniform: [1.0e-3, 1.0e-1]}", "1.0e+30")
     done = hiertune("search", write_space(trials=2, text=text), capture_output=True)

@@ -103,6 +103,7 @@ def test_a_search_stopped_at_once_then_by_command_then_by_its_budget(
     assert "hiertune search space.yaml --resume --time-budget 2s" in failed.stderr
 
 
+@pytest.mark.long
 def test_a_spent_budget_ends_a_search_with_its_winner(hiertune, space, tmp_path):
     run = tmp_path / "runs" / "small"
     file = space(3, "trials: 1000, worker_hours: 0.0002")

@@ -13,7 +13,7 @@ import s3
 
 from hiertune.storage import Folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 SPACE = """
 name: kept
