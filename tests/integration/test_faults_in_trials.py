@@ -282,7 +282,7 @@ def run_tune(pool, jobs, tmp_path, scheduler=None, kill_after=None):
     heard = Heard(kill_after)
     results = tune.Tuner(
         tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
-        param_space={"broker": pool.broker_name, "job": tune.grid_search(jobs)},
+        param_space={"broker": pool.broker_name, "job": tune.grid_search(jobs), "metric": "val/loss"},
         tune_config=tune.TuneConfig(
             metric="val/loss",
             mode="min",
