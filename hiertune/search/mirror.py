@@ -29,6 +29,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hiertune import _process
 from hiertune.errors import InputError
 from hiertune.search.outputs import LOGITS, SESSION, RunFolder
 from hiertune.storage import Folder, patiently
@@ -74,7 +75,7 @@ class Session:
     @classmethod
     def new(cls) -> Session:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _user(), os.getpid(), now, _machine())
+        return cls(uuid.uuid4().hex, socket.gethostname(), _user(), os.getpid(), now, _process.machine())
 
     @classmethod
     def read(cls, folder: Folder) -> Session | None:
@@ -91,7 +92,7 @@ class Session:
     @property
     def died(self) -> bool:
         """Whether it ran on this machine, and does no longer; or was an earlier one of this very process."""
-        if self.machine != _machine():
+        if self.machine != _process.machine():
             return False
         if self.pid == os.getpid():
             return True
@@ -129,14 +130,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         return str(os.getuid())
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{uuid.getnode():x}"
 
 
 # -------------------------------------------------------------------------------------- parts

@@ -17,11 +17,11 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 import filelock
 from optuna.storages import RDBStorage
 
+from hiertune import _process
 from hiertune.errors import InputError
 from hiertune.search.ledger import Ledger
 from hiertune.search.outputs import RunFolder
@@ -58,7 +58,9 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         now, pid = time.time(), os.getpid()
-        return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), pid, now, _born(pid), now)
+        return cls(
+            uuid.uuid4().hex, socket.gethostname(), _process.machine(), pid, now, _process.born(pid), now
+        )
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.started).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
@@ -66,12 +68,12 @@ class Process:
 
     @property
     def is_alive_here(self) -> bool:
-        return self.machine == _machine() and self.born != "" and _born(self.pid) == self.born
+        return self.machine == _process.machine() and self.born != "" and _process.born(self.pid) == self.born
 
     @property
     def is_over(self) -> bool:
         """Certainly: a process of this machine that has ended, or one that is silent since long ago."""
-        return self.machine == _machine() or time.time() - self.beat > LONG_SILENT_S
+        return self.machine == _process.machine() or time.time() - self.beat > LONG_SILENT_S
 
 
 class FolderLock:
@@ -212,27 +214,3 @@ def in_use(where: str, holder: Process | None) -> InputError:
 def _holder(text: str) -> Process | None:
     found = json.loads(text)
     return None if found is None else Process(**found)
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
-
-
-def _born(pid: int) -> str:
-    """When a process began, as its system counts; empty if there is none of that number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        if Path("/proc/self").exists():
-            return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "unknown"

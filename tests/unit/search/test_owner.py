@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from hiertune import _process
 from hiertune._database import Place
 from hiertune.errors import InputError
 from hiertune.search import owner
@@ -88,7 +89,7 @@ def test_a_database_is_one_process_at_a_time(place):
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(place, other):
     process = other("")
     ledger = begin(place)
-    dead = replace(Process.this(), pid=process.pid, born=owner._born(process.pid))
+    dead = replace(Process.this(), pid=process.pid, born=_process.born(process.pid))
     written(ledger, dead)
     with pytest.raises(InputError, match=f"run by process {process.pid} on"), Ownership(reopen(place)):
         pass
