@@ -31,7 +31,11 @@ def bench_module():
         spec = importlib.util.spec_from_file_location(f"hiertune_bench{name}", _BENCH / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # its dataclasses look for it there
-        spec.loader.exec_module(module)
+        sys.path.insert(0, str(_BENCH))  # it finds the others as when it is run
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(_BENCH))
         return module
 
     return load
