@@ -76,6 +76,7 @@ def test_a_few_of_each_kind(survives, commands):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_many_of_each_kind(survives, commands):
     for name in names(commands):
@@ -83,6 +84,7 @@ def test_many_of_each_kind(survives, commands):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", HDF5)
 def test_hdf5_files(folder, good, commands, name):
