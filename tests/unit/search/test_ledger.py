@@ -565,6 +565,22 @@ def test_a_trial_that_no_worker_held_stays_open(search):
     assert [event[0] for event in recorder.events] == ["started"]
 
 
+@pytest.mark.parametrize("how", ["halted", "not held"])
+def test_what_an_interrupted_trial_took_is_kept_for_the_session_that_ends_it(search, path, monkeypatch, how):
+    searcher, _, _, interrupted = search
+    clock = iter([100.0, 107.5])
+    monkeypatch.setattr("hiertune.search.searcher.time.monotonic", lambda: next(clock))
+    searcher.suggest("t")
+    if how == "halted":
+        interrupted.append(True)
+        searcher.on_trial_complete("t", result(1, 0.5, state="running"))
+    else:
+        searcher.on_trial_complete("t", {"state": "interrupted", "training_iteration": 1})
+    ledger = open_ledger(path, resume=True)
+    assert [record.state for record in ledger.records()] == ["running"]
+    assert ledger.tell(ledger.next_trial(), "failed", seconds=2.0).seconds == 9.5
+
+
 def test_when_it_is_enough_only_interrupted_trials_are_begun(search, path):
     searcher, ledger, _, _ = search
     searcher.suggest("t")
