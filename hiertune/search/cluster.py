@@ -32,6 +32,8 @@ ENVIRONMENT = {
     # How soon a lost worker is noticed, and how soon a group that went home is gone.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # One more process per group; a node that is taken away costs its groups one epoch at most.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # A group that finds no room gives up its place in the queue, so that the pool can close it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     # A failed trial's result has no objective; the searcher knows what to do with it.
@@ -86,7 +88,7 @@ def _connect(patience_s: float) -> None:
         protect_token()
         ray.init(
             object_store_memory=_OBJECT_STORE_BYTES,
-            dashboard_host="127.0.0.1",
+            include_dashboard=False,
             runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
             **quiet,
         )

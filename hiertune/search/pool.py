@@ -14,23 +14,18 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from hiertune.search import cluster
 from hiertune.search.broker import Broker
 from hiertune.search.capacity import GroupShape
-from hiertune.search.cluster import is_local
 from hiertune.search.follower import Follower
-from hiertune.search.gloo import ProcessGroup
 from hiertune.search.lifeline import Lifeline
-from hiertune.search.meeting import LocalTorchConfig
-from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped, WorkerSetup
+from hiertune.search.messages import Failed, Finished, Job, Reported, Stopped
 from hiertune.search.processes import RayProcesses
+from hiertune.search.trainer import GroupTrainer, found_no_room, free_lost_places
 
 logger = logging.getLogger(__name__)
 
-_RESTARTS_PER_TRAINER = 5
 _IDLE_STARTS_ALLOWED = 2
 _LOOK_S = 2.0
 """How often the pool looks which nodes there are."""
@@ -168,6 +163,7 @@ class WorkerPool:
         """The pool's own thread: as many groups as there is room for, until the pool closes."""
         waiting = False
         while True:
+            free_lost_places()
             self.size = self._fit()
             if self.size < self._most:
                 cluster.ask_for(self._shape, self._most)  # again: Ray Train's own requests replace it
@@ -214,7 +210,7 @@ class WorkerPool:
         idle_starts = 0
         while not self._retires(group):
             try:
-                self._trainer(group).fit()
+                GroupTrainer(group, self.broker, self._shape, self._storage).fit()
                 error: Exception | None = None
             except Exception as failure:  # noqa: BLE001 - whatever ended the trainer, the group is rebuilt
                 logger.warning("worker group %s ended: %s", group, failure)
@@ -226,7 +222,7 @@ class WorkerPool:
             served = ray.get(self.broker.served.remote(group))
             ray.get(self.broker.lost.remote(group))
             # A group that finds no room is no worse for it: others have it, or its node is gone.
-            idle_starts = 0 if served or _found_no_room(error) else idle_starts + 1
+            idle_starts = 0 if served or found_no_room(error) else idle_starts + 1
             if idle_starts >= _IDLE_STARTS_ALLOWED:
                 said = str(error).strip().splitlines() or [""]  # ends with the exception; the log has it all
                 ray.get(self.broker.abort.remote(f"the workers of a trial can't be started: {said[-1]}"))
@@ -242,39 +238,3 @@ class WorkerPool:
             logger.warning("worker group %s is closed: the cluster has no room for it now", group)
             del self._threads[group]
             return True
-
-    def _trainer(self, group: str) -> TorchTrainer:
-        return TorchTrainer(
-            _work,
-            train_loop_config={"setup": WorkerSetup(group, self.broker)},
-            torch_config=(LocalTorchConfig if is_local() else ProcessGroup)(backend=self._shape.backend),
-            scaling_config=ScalingConfig(
-                num_workers=self._shape.workers,
-                use_gpu=self._shape.gpus_per_worker > 0,
-                resources_per_worker=self._shape.per_worker,
-                placement_strategy=self._shape.placement.upper(),
-            ),
-            run_config=RunConfig(
-                name=group,
-                storage_path=str(self._storage),
-                # Without room within RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S the pool decides what to do.
-                failure_config=FailureConfig(_RESTARTS_PER_TRAINER, controller_failure_limit=0),  # type: ignore[call-arg]
-                worker_runtime_env={"env_vars": worker_environment()},  # type: ignore[call-arg]  # of Train V2
-            ),
-        )
-
-
-def _found_no_room(error: Exception | None) -> bool:
-    return "WorkerGroupStartupTimeoutError" in repr(getattr(error, "controller_failure", error))
-
-
-def _work(config: dict) -> None:
-    # Imported here: Ray Train's controller unpickles this function too, and the workers wait for it.
-    from hiertune.search.worker import work
-
-    work(config)
-
-
-def worker_environment() -> dict[str, str]:
-    """One compute thread per worker from the first import on; `train.threads` changes it per trial."""
-    return {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

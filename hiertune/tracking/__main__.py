@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds without success")
     options = parser.parse_args()
     if os.name == "posix":
-        os.nice(5)  # training comes first
+        os.nice(15)  # as Ray's workers, not before them
     from hiertune.tracking.courier import deliver  # takes seconds: it imports mlflow
 
     deliver(options.spool.resolve().parent, options.parent, options.drain, options.patience)

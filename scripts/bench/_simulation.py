@@ -152,6 +152,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def pass_time(self, seconds: float) -> None:
         self._clock.now += seconds
 
+    def end(self) -> None:
+        """Close it, with what the broker still has running."""
+        if tasks := asyncio.all_tasks(self):
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.close()
+
 
 class Meter:
     """Whose seconds of this thread are spent: those of the innermost `part` only."""
@@ -527,6 +535,7 @@ class Simulation:
             environment = {**cluster.ENVIRONMENT, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
             stack.enter_context(mock.patch.dict(os.environ, environment))
             output = stack.enter_context(open(os.devnull, "w"))
+            stack.callback(self.loop.end)
             console = Console(file=output, force_terminal=self.setting.terminal, width=120, height=40)
             driver.run_search(self.plan, console)
 

@@ -102,9 +102,10 @@ class Followed:
 
 def wait_for(condition, timeout_s=120):
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (met := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return met
 
 
 def processes_called(name):
@@ -118,6 +119,11 @@ def processes_called(name):
 
 def workers():
     return processes_called("RayTrainWorker")
+
+
+def places():
+    """The placement groups that hold resources, by id."""
+    return {id for id, group in placement_group_table().items() if group["state"] != "REMOVED"}
 
 
 def generations(pool):
@@ -325,6 +331,20 @@ def test_a_broker_that_is_killed_comes_back_and_the_job_goes_on(pool, make_job, 
     assert [process.pid for process in processes_called("Broker")] != [broker.pid]
 
 
+def test_a_controller_that_is_killed_gives_back_its_place(pool, make_job, undisturbed):
+    """Ray itself would keep both places until the search is over: then there is no room for a third."""
+    followed = Followed(pool, make_job("uncontrolled"))
+    followed.reaches(20)
+    (training,) = processes_called("TrainController")
+    (place,) = places()
+    os.kill(training.pid, signal.SIGKILL)
+    (starting,) = wait_for(lambda: [each for each in processes_called("TrainController") if each != training])
+    wait_for(lambda: places() - {place})
+    os.kill(starting.pid, signal.SIGKILL)
+    assert followed.metrics() == undisturbed
+    wait_for(lambda: len(places()) == 1)
+
+
 def test_after_a_hundred_stopped_trials_nothing_is_left(pool, make_job, tmp_path):
     Followed(pool, make_job("first", epochs=1)).metrics()
     before = generations(pool)
@@ -335,9 +355,5 @@ def test_after_a_hundred_stopped_trials_nothing_is_left(pool, make_job, tmp_path
     assert generations(pool) == before
     wait_for(lambda: not any(psutil.pid_exists(pid) for *_, pid in heard))
     assert len(workers()) == 2
-    wait_for(lambda: _placement_groups() == 1)  # that of the worker group
+    wait_for(lambda: len(places()) == 1)  # that of the worker group
     wait_for(lambda: ray.get(pool.broker.jobs.remote()) == [])
-
-
-def _placement_groups():
-    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())

@@ -1,4 +1,4 @@
-"""How the workers of a group find each other: torch's process group, on loopback where all are here."""
+"""torch's process group: how the workers of a group find each other, and on which network interface."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 _LOOPBACK = "127.0.0.1"
-_kept: list[Any] = []
-"""The store that a first worker hosts, for as long as its process lives."""
+
+
+# --------------------------------------------------------------------------------------- one machine
 
 
 @dataclass
-class LocalTorchConfig(TorchConfig):
+class LocalProcessGroup(TorchConfig):
     """As TorchConfig, for workers of one machine: nothing listens on another interface.
 
     By itself torch's store, where the workers leave their addresses, listens on all interfaces and asks
@@ -28,10 +29,10 @@ class LocalTorchConfig(TorchConfig):
 
     @property
     def backend_cls(self):
-        return _LocalTorchBackend
+        return _LocalBackend
 
 
-class _LocalTorchBackend(_TorchBackend):
+class _LocalBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         port = worker_group.execute_single(0, _host_store, len(worker_group), backend_config.timeout_s)
         worker_group.execute(_point_to_store, port)
@@ -52,6 +53,10 @@ class _LocalTorchBackend(_TorchBackend):
         )
 
 
+_kept: list[Any] = []
+"""The store that a first worker hosts, for as long as its process lives."""
+
+
 def _host_store(workers: int, timeout_s: int) -> int:
     """In the first worker: open the store on loopback; returns its port."""
     with socket.socket() as listener:
@@ -67,3 +72,44 @@ def _host_store(workers: int, timeout_s: int) -> int:
 def _point_to_store(port: int) -> None:
     """In each worker: join the store that is there already, as torchrun's workers do."""
     os.environ.update(MASTER_ADDR=_LOOPBACK, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+
+
+# ------------------------------------------------------------------------------------- several nodes
+
+
+@dataclass
+class ProcessGroup(TorchConfig):
+    """As TorchConfig, with gloo on the interfaces of its nodes where the group spans several.
+
+    Gloo binds to what the host name resolves to, and on many systems that is the loopback address: a group
+    within one node works, one across nodes does not find itself. So each worker of such a group is told the
+    interface by which Ray reaches its node.
+    """
+
+    @property
+    def backend_cls(self):
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if len({worker.metadata.node_id for worker in worker_group.get_workers()}) > 1:
+            worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Unless the user has named one."""
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has `address`."""
+    import psutil  # Ray brings it along, and can only be asked after it is loaded
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.split("%")[0] == address for each in addresses):
+            return name
+    return None
