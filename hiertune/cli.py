@@ -74,7 +74,7 @@ def search(
     ] = False,
 ) -> None:
     """Search a space: train many settings, prove which win, keep the best model."""
-    from hiertune.search.interrupt import INTERRUPTED, Interruption, SearchInterrupted, leave
+    from hiertune.search.interrupt import Interruption, leave
 
     console = Console()
     with Interruption() as interruption:
@@ -97,9 +97,6 @@ def search(
                 print_plan(console, plan)
             else:
                 _search(plan, console, interruption)
-        except SearchInterrupted as error:
-            console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
-            sys.exit(INTERRUPTED)
         except BaseException:  # libraries turn KeyboardInterrupt into errors of their own
             if not interruption.at_once:
                 raise
@@ -107,17 +104,27 @@ def search(
 
 
 def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> None:
+    from hiertune.search.interrupt import INTERRUPTED, SearchInterrupted, leave
+
     with console.status("loading Ray, Tune and Optuna"):
+        from hiertune.search import cluster
         from hiertune.search.driver import SearchFailed, run_search
+    code = 0
     try:
         run_search(plan, console, interruption, _anew())
+    except SearchInterrupted as error:
+        console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
+        code = INTERRUPTED
     except SearchFailed as error:
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
             highlight=False,
             soft_wrap=True,
         )
-        sys.exit(1)
+        code = 1
+    if cluster.is_in_use():
+        leave(code=code)
+    sys.exit(code)
 
 
 @app.command()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 """Only handles and epoch results travel through Ray; each worker reads the data from its file."""
 
 _REJOIN_S = 3.0
+_LAST_CALL_S = 15.0
+"""How long a call of Ray that goes on in another thread is waited for: they all have limits below that."""
 
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -157,6 +161,53 @@ def _join(deadline: float, options: dict[str, Any]) -> None:
                 raise Unreachable(f"no Ray cluster at {os.environ['RAY_ADDRESS']}: {error}") from error
             logger.warning("the Ray cluster can't be joined yet: %s", error)
             time.sleep(_REJOIN_S)
+
+
+_THREAD = "hiertune-ray"
+
+
+def thread(target: Callable[..., None], *args: Any) -> threading.Thread:
+    """A daemon thread that calls Ray, not started yet. `disconnect` has to know of it."""
+    return threading.Thread(target=target, args=args, name=_THREAD, daemon=True)
+
+
+def is_in_use() -> bool:
+    """Whether threads of this process call Ray."""
+    return any(each.name == _THREAD for each in threading.enumerate())
+
+
+def disconnect(patience_s: float = _LAST_CALL_S) -> None:
+    """Leave Ray, and end it if it was started here, once no thread calls it any more.
+
+    Ray's native code crashes, and the process with it, if it is taken down under a thread. So one that is
+    still there after `patience_s` leaves Ray to the end of the process, which has to be `interrupt.leave`.
+    """
+    deadline = time.monotonic() + patience_s
+    for each in threading.enumerate():
+        if each.name == _THREAD and each is not threading.current_thread():
+            each.join(max(0.0, deadline - time.monotonic()))
+    if is_in_use():
+        logger.warning("Ray is in use to the end of the process")
+    else:
+        ray.shutdown()
+
+
+def kill() -> None:
+    """End the Ray that was started here, if any, without leaving it: for a process that is about to end.
+
+    It would end with the process anyway, but for two agents, which take half a minute to notice.
+    """
+    node = ray._private.worker._global_node
+    if node is None or not own_ray():
+        return
+    import psutil  # Ray brings it along, and can only be asked after it is loaded
+
+    for each in itertools.chain(*node.all_processes.values()):
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(each.process.pid)
+            for member in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.tune import TuneError
 from rich.console import Console
 from rich.markup import escape
@@ -252,7 +251,10 @@ def _cluster(
         raise
     finally:
         lifeline.close()
-        ray.shutdown()
+        if interruption.at_once:  # threads are inside Ray
+            cluster.kill()
+        else:
+            cluster.disconnect()
 
 
 def _connect(plan: SearchPlan, interruption: Interruption) -> None:

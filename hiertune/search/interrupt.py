@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 INTERRUPTED = 130
 """Exit code of a search that was stopped."""
@@ -148,12 +148,13 @@ STOP, NOW = "stop", "now"
 """What a request file holds."""
 
 
-def leave(words: str = "") -> None:
+def leave(words: str = "", code: int = INTERRUPTED) -> NoReturn:
     """End this process here: no thread is joined, nothing is cleaned up. Ray's processes end with it."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+        sys.stderr.flush()
         os.write(2, words.encode())
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def _forget_terminal() -> None:

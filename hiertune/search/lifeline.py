@@ -2,7 +2,7 @@
 
 Measured with Ray 2.60, by SIGKILL in the middle of a search:
 
-- a worker, a Train controller, the dashboard, another node: the search goes on by itself;
+- a worker, a Train controller, the broker, another node: the search goes on by itself;
 - the raylet of the driver's node: the driver goes on for some 13 s, until Ray calls the node dead; then, at
   its next touch of the object store, Ray's native code ends the process, with code 1 and no Python exception;
 - the GCS: training stands still at once, calls hang, and after 60 s native code ends the process likewise;
@@ -30,6 +30,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from hiertune.config import TrialConfig
+from hiertune.search import cluster
 from hiertune.search.ledger import TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Lifeline:
             "gcs": (gcs_host.strip("[]"), int(gcs_port)),
         }
         for look in (self._check_places, self._check_broker):
-            threading.Thread(target=self._repeat, args=(look,), daemon=True).start()
+            cluster.thread(self._repeat, look).start()
 
     def hold(self, broker: Any) -> None:
         """Watch this actor too; None: no more."""

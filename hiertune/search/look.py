@@ -43,7 +43,7 @@ def examine() -> Iterator[Finding]:
             yield from _nodes(nodes)
             yield from _left()
     finally:
-        ray.shutdown()
+        cluster.disconnect()
 
 
 def _nodes(nodes: list[dict]) -> Iterator[Finding]:

@@ -87,7 +87,7 @@ class WorkerPool:
         self._started = 0
         self._room_since = time.monotonic()
         self.size = self._fit()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher = cluster.thread(self._watch)
 
     def __enter__(self) -> WorkerPool:
         if self._lifeline is not None:
@@ -202,7 +202,7 @@ class WorkerPool:
     def _start_group(self) -> None:
         self._started += 1
         group = f"group-{self._started - 1}"
-        self._threads[group] = threading.Thread(target=self._keep_alive, args=(group,), daemon=True)
+        self._threads[group] = cluster.thread(self._keep_alive, group)
         self._threads[group].start()
 
     def _keep_alive(self, group: str) -> None:

@@ -82,6 +82,8 @@ def free_lost_places() -> None:
     job = ray.get_runtime_context().get_job_id()
     for entry in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        removed = group.state == PlacementGroupTableData.REMOVED
-        if group.creator_job_id.hex() == job and group.creator_actor_dead and not removed:
+        if group.creator_job_id.hex() != job or group.state == PlacementGroupTableData.REMOVED:
+            continue
+        # Those that Tune makes in the driver have no actor, which Ray calls a dead one.
+        if group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil():
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

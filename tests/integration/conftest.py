@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from hiertune import Taxonomy
 from hiertune.data import write_dataset
@@ -37,7 +36,8 @@ def ray_session():
     """Ray on this machine, for tests that need no driver."""
     cluster.connect()
     yield
-    ray.shutdown()
+    cluster.disconnect()
+    assert not cluster.is_in_use()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,8 @@ def pool(tmp_path_factory):
     shape = GroupShape(workers=2, cpus_per_worker=0.5, gpus_per_worker=0.0)
     with WorkerPool(1, shape, tmp_path_factory.mktemp("ray")) as pool:
         yield pool
-    ray.shutdown()
+    cluster.disconnect()
+    assert not cluster.is_in_use()
 
 
 @pytest.fixture(scope="module")

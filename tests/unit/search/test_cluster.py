@@ -2,8 +2,10 @@
 
 import os
 import stat
+import threading
 
 import pytest
+import ray
 from ray._private import ray_constants
 
 from hiertune.search import cluster
@@ -57,3 +59,18 @@ def test_the_switch_to_loopback_is_put_back(home, monkeypatch):
     monkeypatch.delenv(cluster._NO_CLUSTER)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not cluster.is_local()
+
+
+def test_ray_is_not_taken_down_under_a_thread_that_calls_it(monkeypatch):
+    taken_down = []
+    monkeypatch.setattr(ray, "shutdown", lambda: taken_down.append(True))
+    answered = threading.Event()
+    caller = cluster.thread(answered.wait)
+    caller.start()
+    cluster.disconnect(patience_s=0.05)
+    assert cluster.is_in_use()
+    assert taken_down == []
+    threading.Timer(0.2, answered.set).start()
+    cluster.disconnect()
+    assert not cluster.is_in_use()
+    assert taken_down == [True]
