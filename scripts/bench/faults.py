@@ -52,12 +52,12 @@ search:
 """
 LONGEST_S = 600  # of one session of a search
 KINDS = {
-    "worker": "ray::RayTrainWorker",
-    "controller": "ray::TrainController",
-    "trial actor": "ray::TrialActor",
-    "broker": "ray::Broker",
-    "raylet": "raylet",
-    "head": "gcs_server",
+    "worker": ("ray::RayTrainWorker",),
+    "controller": ("ray::TrainController",),
+    "trial actor": ("ray::TrialActor", "ray::ResourceTrainable"),  # while it waits, and while it works
+    "broker": ("ray::Broker",),
+    "raylet": ("raylet",),
+    "head": ("gcs_server",),
 }
 
 
@@ -77,7 +77,7 @@ def main() -> None:
         prepare(folder)
         rng = random.Random(options.seed)
         if options.what == "driver":
-            show_books("the driver killed", kill_drivers(folder, options.kills, rng, Books(TRIALS)))
+            show_books("the driver killed", kill_drivers(folder, options.kills, rng, Books(TRIALS)), 0)
         elif options.what == "parts":
             show_books("parts of it killed", kill_parts(folder, options.kills, rng, Books(TRIALS)))
         else:
@@ -216,8 +216,8 @@ def parts_of(pid: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for process in psutil.Process(pid).children(recursive=True):
         line = command(process)
-        for kind, mark in KINDS.items():
-            if line.startswith(mark) or Path(line.split(" ")[0]).name == mark:
+        for kind, marks in KINDS.items():
+            if line.startswith(marks) or Path(line.split(" ")[0]).name in marks:
                 found.setdefault(kind, []).append(process.pid)
     return found
 
@@ -292,24 +292,26 @@ def command(process: psutil.Process) -> str:
         return ""
 
 
-def show_books(title: str, books: Books) -> None:
+def show_books(title: str, books: Books, most_failed: int | None = None) -> None:
     problems = sum(len(each.problems) for each in books.audits)
     kills = ", ".join(f"{count} {kind}" for kind, count in sorted(books.kills.items()))
-    ended = sum(each.completed + each.pruned for each in books.audits)
+    failed = sum(each.failed for each in books.audits)
+    ended = sum(each.completed + each.pruned for each in books.audits) + failed
     total = books.trials * books.searches
-    again = max((each.trained_again for each in books.audits), default=0)
+    again = sum(each.trained_again for each in books.audits)  # at most one for each kill
     show(
         f"{books.searches} searches of {books.trials} trials, {title} {books.kills.total()} times ({kills})",
         [
             Figure("kills", books.kills.total(), unit=""),
             Figure("trials lost", total - ended, 0, unit=""),
+            Figure("trials failed", failed, most_failed, unit=""),
             Figure("trials told twice", sum(each.told_twice for each in books.audits), 0, unit=""),
             Figure("trials too many", sum(each.trials for each in books.audits) - total, 0, unit=""),
             Figure("disagreements of ledger, tables and MLflow", problems, 0, unit=""),
             Figure("points in MLflow", sum(each.points for each in books.audits), unit=""),
             Figure("epochs", sum(each.epochs for each in books.audits), unit=""),
-            Figure("epochs trained again, all", sum(each.trained_again for each in books.audits), unit=""),
-            Figure("epochs trained again, in one search", again, unit=""),
+            Figure("epochs trained again", again, books.kills.total(), unit=""),
+            Figure("starts by hand", books.sessions, unit=""),
             Figure("processes left behind", books.left_behind, 0, unit=""),
         ],
     )
