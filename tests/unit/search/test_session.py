@@ -112,6 +112,8 @@ def test_patience_lets_running_trials_come_to_their_own_end(begin):
     completed(session, 0.2)  # one that was running
     session.look()
     assert (told.halts, told.reasons) == (0, ["no improvement in the last 2 trials"])
+    completed(session, 0.9)  # another one: no new trial was begun, so the search ends all the same
+    assert session.ending.reason == "no improvement in the last 2 trials"
 
 
 def test_the_user_is_heard_after_patience_and_before_a_budget(begin):
