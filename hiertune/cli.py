@@ -111,7 +111,7 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
         from hiertune.search.driver import SearchFailed, run_search
     try:
         run_search(plan, console, interruption, _anew())
-    except SearchFailed as error:
+    except (SearchFailed, OSError) as error:  # the disk is full, or gone
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
             highlight=False,
