@@ -424,8 +424,7 @@ class Ledger:
         """Do a write that may be repeated, again and again while the database is away."""
         pauses: Iterator[float] = iter(_PAUSES_S if self.place.url is not None else ())
         while True:
-            if self.lost is not None:
-                raise LedgerLost(self.lost)
+            self.require()
             try:
                 return write()
             except self._mendable as error:
@@ -436,6 +435,11 @@ class Ledger:
                     raise LedgerLost(self.lost) from error
                 logger.warning("the ledger %s can't be written to, trying again: %s", self.place, words)
                 time.sleep(pause)
+
+    def require(self) -> None:
+        """Raise LedgerLost if nothing may be written any more."""
+        if self.lost is not None:
+            raise LedgerLost(self.lost)
 
     def lose(self, why: str) -> None:
         """Write nothing more."""

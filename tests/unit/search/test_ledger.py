@@ -370,6 +370,10 @@ def groups():
 
 @pytest.fixture
 def search(path, groups):
+    return searching(path, groups)
+
+
+def searching(path, groups):
     ledger, recorder = open_ledger(path), Recorder()
     interrupted, enough = [], []
 
@@ -801,6 +805,27 @@ def test_a_journal_that_cannot_be_written_is_said_and_stays_whole(journal, monke
     resumed = open_ledger(journal, resume=True)
     assert resumed.report(ask(resumed), 1, 0.5)
     assert open_ledger(journal, resume=True).epochs()[2] == {1: 0.5}
+
+
+def test_of_a_lost_ledger_nobody_hears_that_a_trial_has_ended(tmp_path, monkeypatch):
+    searcher, _, recorder, _ = searching(Place(tmp_path / "ledger.log"), [1, 2])
+    for trial_id in ("t", "u"):
+        searcher.suggest(trial_id)
+    searcher.on_trial_result("t", result(1, 0.5, state="running"))
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("os.fsync", full)
+        with pytest.raises(LedgerLost):  # what listeners heard of this one is told again later
+            searcher.on_trial_complete("t", {"state": "failed", "reason": "bad", "fault": "error"})
+    heard = len(recorder.events)
+    with pytest.raises(LedgerLost):
+        searcher.on_trial_result("u", result(1, 0.5, state="running"))
+    with pytest.raises(LedgerLost):
+        searcher.on_trial_complete("u", {"state": "failed", "reason": "bad", "fault": "error"})
+    assert len(recorder.events) == heard
 
 
 def test_a_database_that_comes_back_is_written_to_once(postgresql, postgresql_server, tmp_path, monkeypatch):
