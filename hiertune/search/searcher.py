@@ -69,6 +69,7 @@ class LedgerSearcher(Searcher):
         self._check = check
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
+        self._last: dict[str, dict] = {}
         self._logged: set[tuple[int, str]] = set()
 
     def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
@@ -89,13 +90,15 @@ class LedgerSearcher(Searcher):
         trial = self._live[trial_id]
         self._note(trial, result)
         self._report(trial, result)
+        self._last[trial_id] = result
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check()
         self._ledger.require()
         trial = self._live.pop(trial_id)
-        result = result or {}
+        last = self._last.pop(trial_id, {})
+        result = result or ({} if error else last)  # of one that it had paused (Hyperband) Tune says nothing
         seconds = time.monotonic() - self._begun.pop(trial_id)
         self._note(trial, result)
         if result.get("state") == "interrupted":
