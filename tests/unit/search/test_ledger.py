@@ -2,12 +2,15 @@
 
 import json
 import math
+import resource
+import signal
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from hiertune._database import Place
+from hiertune._journal import JournalFile
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.record import newest_study, open_storage
@@ -817,6 +820,22 @@ def test_a_journal_that_cannot_be_written_is_said_and_stays_whole(journal, monke
     resumed = open_ledger(journal, resume=True)
     assert resumed.report(ask(resumed), 1, 0.5)
     assert open_ledger(journal, resume=True).epochs()[2] == {1: 0.5}
+
+
+def test_of_an_entry_that_fits_in_part_nothing_stays(tmp_path):
+    path = tmp_path / "ledger.log"
+    journal = JournalFile(path, writable=True)
+    journal.append_logs([{"a": 1}])
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a disk with 20 bytes left
+    try:
+        with pytest.raises(OSError, match="too large"):
+            journal.append_logs([{"b": "x" * 40}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == whole
 
 
 def test_of_a_lost_ledger_nobody_hears_that_a_trial_has_ended(tmp_path, monkeypatch):
