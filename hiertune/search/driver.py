@@ -397,6 +397,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Of a full disk the ledger tells; here each line would print a traceback.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     # After the trials Tune misses the files of its own loggers, and says so for each trial.
     handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
@@ -410,4 +412,5 @@ def _logging_to(path: Path) -> Iterator[None]:
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)
             logger.propagate, logger.handlers = propagate, handlers
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
