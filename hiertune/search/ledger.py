@@ -161,6 +161,10 @@ class Ledger:
         trials = self.storage.get_all_trials(study_id, deepcopy=False)
         self._ids = [trial._trial_id for trial in trials]
         self._system_attrs = dict(self.storage.get_study_system_attrs(study_id))
+        attrs = self.storage.get_study_user_attrs(study_id)
+        self._sessions = {
+            int(key.removeprefix(_SESSION)): attrs[key] for key in attrs if key.startswith(_SESSION)
+        }
         self._ended: dict[int, TrialRecord] = {}
         self._memory = _Memory()
         directions = [_DIRECTIONS[identity.mode]]
@@ -334,12 +338,11 @@ class Ledger:
         since a killed one can't at its end. `begun` is in seconds since 1970."""
         session = {"begun": begun, "seconds": seconds, "worker_seconds": worker_seconds}
         self.set_study_attr(f"{_SESSION}{number}", session)
+        self._sessions[number] = session
 
     def sessions(self) -> list[dict[str, float]]:
         """As they were last noted, in their order."""
-        attrs = self.storage.get_study_user_attrs(self.study_id)
-        numbers = sorted(int(key.removeprefix(_SESSION)) for key in attrs if key.startswith(_SESSION))
-        return [attrs[f"{_SESSION}{number}"] for number in numbers]
+        return [self._sessions[number] for number in sorted(self._sessions)]
 
     def used(self) -> Used:
         sessions = self.sessions()

@@ -859,6 +859,19 @@ def test_of_a_lost_ledger_nobody_hears_that_a_trial_has_ended(tmp_path, monkeypa
     assert len(recorder.events) == heard
 
 
+def test_what_a_search_has_used_is_known_while_the_database_is_away(path, monkeypatch):
+    ledger = open_ledger(path)
+    ledger.note_session(0, begun=1.0, seconds=10.0, worker_seconds=30.0)
+    ledger = open_ledger(path, resume=True)
+    ledger.note_session(1, begun=50.0, seconds=2.0, worker_seconds=4.0)
+
+    def away(study_id):
+        raise optuna.exceptions.StorageInternalError("connection refused")
+
+    monkeypatch.setattr(ledger.storage, "get_study_user_attrs", away)
+    assert ledger.used() == Used(12.0, 34.0)
+
+
 def test_a_database_that_comes_back_is_written_to_once(postgresql, postgresql_server, tmp_path, monkeypatch):
     place = Place(tmp_path / "ledger.log", postgresql)
     ledger = open_ledger(place)
