@@ -131,8 +131,13 @@ class Ownership:
         if self._beating is not None:
             self._beating.join()
         if self._ledger.lost is None and self._beating is not None:
+            from sqlalchemy.exc import SQLAlchemyError
+
             assert isinstance(self._ledger.storage, RDBStorage)
-            self._replace(self._ledger.storage, self._text, "null")
+            try:
+                self._replace(self._ledger.storage, self._text, "null")
+            except SQLAlchemyError as error:  # whoever comes next finds the process gone, or silent
+                logger.warning("the ledger %s is away: %s", self._ledger.place, str(error).splitlines()[0])
 
     # ------------------------------------------------------------------------------ in a database
 

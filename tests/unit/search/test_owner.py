@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from hiertune import _process
 from hiertune._database import Place
@@ -140,6 +141,19 @@ def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
         with pytest.raises(LedgerLost, match="another process took it over: process 7 on far"):
             ledger.report(trial, 2, 0.6)
     assert reopen(place).epochs() == {0: {1: 0.5}}
+
+
+def test_a_database_that_is_away_at_the_end_costs_no_result(place, monkeypatch):
+    ledger = begin(place)
+    with monkeypatch.context() as context, Ownership(ledger) as ownership:
+
+        def away(*args):
+            raise OperationalError("update", {}, Exception("connection refused"))
+
+        context.setattr(ownership, "_replace", away)
+    written(ledger, replace(Process.this(), born="1"))  # it is gone
+    with Ownership(reopen(place)):
+        pass
 
 
 def test_a_revision_keeps_the_session(place, monkeypatch):
