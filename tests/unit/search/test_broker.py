@@ -738,6 +738,21 @@ def test_whoever_gets_on_or_waits_for_a_decision_does_not_hang():
     run(scenario)
 
 
+def test_a_first_worker_that_never_reports_hangs_though_the_others_did():
+    async def scenario():
+        coroner = Coroner()
+        broker = Broker(processes=coroner)
+        await begin(broker, job("t", hang_timeout=0.1, max_retries=0))
+        await broker.beat("g", "a", 0, (0, 0, 7))
+        waiting = asyncio.create_task(broker.report("g", "a", 1, 0, epoch(1)))
+        assert (await broker.advance("t", 0)).fault == "hang"
+        assert coroner.ended == [[0, 1]]
+        with pytest.raises(StaleGeneration):
+            await waiting
+
+    run(scenario)
+
+
 def test_a_beat_of_a_generation_that_is_gone_saves_nobody():
     async def scenario():
         coroner = Coroner()
