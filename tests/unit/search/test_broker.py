@@ -833,6 +833,7 @@ class World(RuleBasedStateMachine):
         self.steps = {group: asyncio.Semaphore(0) for group in ("g", "h")}
         self.started = 0
         self.saved = 0  # the epoch of the checkpoint
+        self.agreed = 0  # the last epoch after which the submitter asked on
         self.heard: list[int] = []
         self.asking: asyncio.Task | None = None
         self.paused = self.over = False
@@ -884,15 +885,15 @@ class World(RuleBasedStateMachine):
 
     @rule(epoch=st.integers(1, EPOCHS - 1))
     def save(self, epoch):
-        """A checkpoint of an epoch that was reported."""
-        if self.saved < epoch <= self.do(self.broker.progress("t")):
+        """A checkpoint of an epoch after which the submitter went on: there is none before that."""
+        if self.saved < epoch <= self.agreed:
             self.saved = epoch
 
     @precondition(lambda self: not (self.paused or self.over or self.asking))
     @rule()
     def ask(self):
         """The trial actor is let to take its next step."""
-        self.resting = False
+        self.resting, self.agreed = False, max(self.agreed, self.after)
         self.asking = self.loop.create_task(self.broker.advance("t", self.after))
         self.do(settle())
 
