@@ -57,6 +57,13 @@ def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path, other)
     assert not (tmp_path / "search.owner").exists()
 
 
+def test_what_was_asked_of_an_earlier_process_is_not_asked_of_this_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.request.write_text("stop")
+    with FolderLock(folder):
+        assert not folder.request.exists()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request, tmp_path):
     if request.param == "sqlite":
