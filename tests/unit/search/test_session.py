@@ -137,6 +137,15 @@ def test_that_all_trials_have_ended_needs_no_word(begin):
     assert (session.ending.by, session.halted, told.reasons) == ("trials", False, [])
 
 
+def test_a_session_that_is_over_halts_nothing_more(begin):
+    session, now, told = begin(time_budget="10m")
+    with session:
+        pass
+    now[0] += 600
+    session.look()  # a note that took long: the winner is being measured by now
+    assert told.halts == 0
+
+
 def test_notes_are_seldom_in_a_long_session(begin):
     session, now, _ = begin()
     notes = []
