@@ -87,6 +87,8 @@ class Ledger:
             self._mendable += (DBAPIError,)
         self.lost: str | None = None
         """Why nothing may be written any more."""
+        self.confirm: Callable[[], object] = lambda: None
+        """Called before every write; calls `lose` if it may not be done any more."""
         self.told: Callable[[], object] = lambda: None
         """Called after every `tell`, when it is recorded."""
         self._use(identity, study_id)
@@ -429,6 +431,8 @@ class Ledger:
         while True:
             self.require()
             try:
+                self.confirm()
+                self.require()
                 return write()
             except self._mendable as error:
                 pause = next(pauses, None)

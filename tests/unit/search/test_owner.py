@@ -150,6 +150,32 @@ def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
     assert reopen(place).epochs() == {0: {1: 0.5}}
 
 
+def test_whoever_was_silent_for_long_looks_before_it_writes(place, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_S", 1000.0)
+    ledger = begin(place)
+    with Ownership(ledger):
+        trial = ledger.next_trial()
+        trial.suggest_float("x", 0.0, 1.0)
+        monkeypatch.setattr(owner, "SILENT_S", 0.0)  # as after the machine slept
+        ledger.report(trial, 1, 0.5)
+        ledger.storage.set_study_user_attr(ledger.first_id, owner.SESSION, None)  # taken over, and ended
+        with pytest.raises(LedgerLost, match="another process took it over: one that has ended"):
+            ledger.report(trial, 2, 0.6)
+    assert reopen(place).epochs() == {0: {1: 0.5}}
+
+
+def test_a_beat_whose_answer_was_lost_is_its_own(place, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_S", 1000.0)
+    ledger = begin(place)
+    with Ownership(ledger) as ownership:
+        written(ledger, replace(ownership._me, beat=time.time()))
+        for _ in range(2):
+            ownership._tell()
+        assert ledger.lost is None
+    with Ownership(reopen(place)):
+        pass
+
+
 def test_a_database_that_is_away_at_the_end_costs_no_result(place, monkeypatch):
     ledger = begin(place)
     with monkeypatch.context() as context, Ownership(ledger) as ownership:
