@@ -58,12 +58,12 @@ class JournalFile(BaseJournalBackend):
                     yield entry
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with self._path.open("ab") as file:
+        rest = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with self._path.open("ab", buffering=0) as file:  # a buffer would write what is left as it is closed
             begun = file.tell()
             try:
-                file.write(text.encode())
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
                 if self._synced:
                     os.fsync(file.fileno())
             except OSError:

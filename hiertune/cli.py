@@ -115,7 +115,7 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     except SearchInterrupted as error:
         console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
         code = INTERRUPTED
-    except SearchFailed as error:
+    except (SearchFailed, OSError) as error:  # the disk is full, or gone
         Console(stderr=True).print(
             f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
             highlight=False,

@@ -157,8 +157,8 @@ class _Group:
     """By rank how far it is, as far as it told."""
     moved: float = 0.0
     """When a worker last got on (`time.monotonic`)."""
-    undecided: int = 0
-    """Workers that wait for the submitter's decision: nobody hangs then."""
+    undecided: bool = False
+    """The first worker waits for the submitter's decision: nobody hangs then. (Others may wait for it.)"""
     watch: asyncio.Task[None] | None = None
     mending: asyncio.Task[None] | None = None
     """The generation before is being looked into, and its job queued again."""
@@ -168,7 +168,7 @@ class _Group:
 
     def start(self, token: str | None) -> None:
         self.token, self.slots, self.taken = token, {}, 0
-        self.processes, self.progress, self.undecided = {}, {}, 0
+        self.processes, self.progress, self.undecided = {}, {}, False
 
     def leave(self) -> tuple[_Run | None, Cause | None, Cause | None]:
         """The processes are gone, or shall be: what they held; and why, if that is known, or guessed."""
@@ -335,11 +335,11 @@ class Broker:
             run.add(result)
         if result.last:
             return Decision.CONTINUE
-        group.undecided += 1
+        group.undecided |= rank == 0
         while (decision := run.decision(result.epoch)) is None:
             await run.news.wait()
             self._current(group_id, token)
-        group.undecided -= 1
+        group.undecided &= rank != 0
         group.moved = time.monotonic()
         return decision
 

@@ -48,14 +48,24 @@ class Budget:
         self._best: TrialRecord | None = None
         self._in_vain = 0
         for record in ended:
-            self.trial_ended(record)
+            self._count(record)
+        self._out_of_patience = self._is_in_vain
 
     def trial_ended(self, record: TrialRecord) -> None:
+        self._count(record)
+        # For good: no trial is begun after that, whatever becomes of those that still run.
+        self._out_of_patience |= self._is_in_vain
+
+    def _count(self, record: TrialRecord) -> None:
         self._ended += 1
         if record.state == "completed" and self._betters(record):
             self._best, self._in_vain = record, 0
         elif self._best is not None:
             self._in_vain += 1
+
+    @property
+    def _is_in_vain(self) -> bool:
+        return self._search.patience is not None and self._in_vain >= self._search.patience
 
     def ending(self, used: Used) -> Ending | None:
         """None: there is something left of everything."""
@@ -68,8 +78,8 @@ class Budget:
         if search.worker_hours is not None and used.worker_seconds >= 3600 * search.worker_hours:
             reason = f"budget of {search.worker_hours:g} worker-hours spent"
             return Ending("worker_hours", reason, search.worker_hours)
-        if search.patience is not None and self._in_vain >= search.patience:
-            reason = f"no improvement in the last {self._in_vain} trials"
+        if search.patience is not None and self._out_of_patience:
+            reason = f"no improvement in the last {max(self._in_vain, search.patience)} trials"
             return Ending("patience", reason, search.patience)
         return None
 

@@ -28,7 +28,7 @@ from hiertune.search.decoding import Choice, choose_rule
 from hiertune.search.display import Display
 from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
-from hiertune.search.ledger import Ledger, TrialRecord
+from hiertune.search.ledger import Ledger, LedgerLost, TrialRecord
 from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
 from hiertune.search.mirror import Mirror, fetch_folder
@@ -299,8 +299,8 @@ def _run_all(
     session = Session(ledger, budget, interruption, display, search.workers_per_trial, pool.halt, streak)
     try:
         display.say("starting worker groups")
-        with interruption.finishing(), session:
-            with _kept(ledger), kept_from_ray():
+        with interruption.finishing(), _kept(ledger), session:
+            with kept_from_ray():
                 run_trials(plan, ledger, pool, Listeners([listeners, session]), session)
             if session.halted:
                 display.say("saving checkpoints")
@@ -328,12 +328,17 @@ def _best_of(plan: SearchPlan, ledger: Ledger, budget: Budget) -> TrialRecord:
 
 @contextlib.contextmanager
 def _kept(ledger: Ledger) -> Iterator[None]:
-    """A ledger that can't be written to ends the search. (Tune passes its exception on as a text, or not.)"""
+    """A ledger that can't be written to ends the search. (Tune passes an exception on as it is, or as the
+    text of its traceback, which the log keeps; or not.)"""
     try:
         yield
-    except TuneError:
+    except LedgerLost:
+        pass
+    except TuneError as error:
         if ledger.lost is None:
-            raise
+            logger.error("%s", error)
+            cause = str(error).strip().splitlines() or [repr(error)]
+            raise SearchFailed(f"{cause[-1]}; `--resume` goes on") from error
     if ledger.lost is not None:
         raise SearchFailed(f"{ledger.lost}; what it has is kept, and `--resume` goes on")
 
@@ -394,6 +399,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Of a full disk the ledger tells; here each line would print a traceback.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     # After the trials Tune misses the files of its own loggers, and says so for each trial.
     handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
@@ -407,4 +414,5 @@ def _logging_to(path: Path) -> Iterator[None]:
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)
             logger.propagate, logger.handlers = propagate, handlers
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()

@@ -22,7 +22,8 @@ def cause_of(record: TrialRecord) -> tuple[str | None, str]:
 
 
 class FailureStreak:
-    """Counts trials that failed in a row for one cause; broken from `limit` on."""
+    """Counts trials that failed in a row for one cause; broken from `limit` on, for good: no trial is begun
+    then, whatever becomes of those that still run."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -40,6 +41,8 @@ class FailureStreak:
         return f"{self._count} trials in a row failed for one cause: {self._reason}"
 
     def trial_ended(self, record: TrialRecord) -> None:
+        if self.broken:
+            return
         cause = cause_of(record) if record.state == "failed" else None
         self._count = self._count + 1 if cause == self._cause else 1
         if cause is None:

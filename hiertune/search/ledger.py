@@ -87,6 +87,8 @@ class Ledger:
             self._mendable += (DBAPIError,)
         self.lost: str | None = None
         """Why nothing may be written any more."""
+        self.confirm: Callable[[], object] = lambda: None
+        """Called before every write; calls `lose` if it may not be done any more."""
         self.told: Callable[[], object] = lambda: None
         """Called after every `tell`, when it is recorded."""
         self._use(identity, study_id)
@@ -161,6 +163,10 @@ class Ledger:
         trials = self.storage.get_all_trials(study_id, deepcopy=False)
         self._ids = [trial._trial_id for trial in trials]
         self._system_attrs = dict(self.storage.get_study_system_attrs(study_id))
+        attrs = self.storage.get_study_user_attrs(study_id)
+        self._sessions = {
+            int(key.removeprefix(_SESSION)): attrs[key] for key in attrs if key.startswith(_SESSION)
+        }
         self._ended: dict[int, TrialRecord] = {}
         self._memory = _Memory()
         directions = [_DIRECTIONS[identity.mode]]
@@ -334,12 +340,11 @@ class Ledger:
         since a killed one can't at its end. `begun` is in seconds since 1970."""
         session = {"begun": begun, "seconds": seconds, "worker_seconds": worker_seconds}
         self.set_study_attr(f"{_SESSION}{number}", session)
+        self._sessions[number] = session
 
     def sessions(self) -> list[dict[str, float]]:
         """As they were last noted, in their order."""
-        attrs = self.storage.get_study_user_attrs(self.study_id)
-        numbers = sorted(int(key.removeprefix(_SESSION)) for key in attrs if key.startswith(_SESSION))
-        return [attrs[f"{_SESSION}{number}"] for number in numbers]
+        return [self._sessions[number] for number in sorted(self._sessions)]
 
     def used(self) -> Used:
         sessions = self.sessions()
@@ -424,9 +429,10 @@ class Ledger:
         """Do a write that may be repeated, again and again while the database is away."""
         pauses: Iterator[float] = iter(_PAUSES_S if self.place.url is not None else ())
         while True:
-            if self.lost is not None:
-                raise LedgerLost(self.lost)
+            self.require()
             try:
+                self.confirm()
+                self.require()
                 return write()
             except self._mendable as error:
                 pause = next(pauses, None)
@@ -436,6 +442,11 @@ class Ledger:
                     raise LedgerLost(self.lost) from error
                 logger.warning("the ledger %s can't be written to, trying again: %s", self.place, words)
                 time.sleep(pause)
+
+    def require(self) -> None:
+        """Raise LedgerLost if nothing may be written any more."""
+        if self.lost is not None:
+            raise LedgerLost(self.lost)
 
     def lose(self, why: str) -> None:
         """Write nothing more."""

@@ -82,6 +82,7 @@ class FolderLock:
     def __init__(self, folder: RunFolder) -> None:
         self._lock = filelock.FileLock(folder.lock, timeout=0)
         self._holder = folder.owner
+        self._request = folder.request
         self._root = folder.root
 
     def __enter__(self) -> FolderLock:
@@ -91,6 +92,7 @@ class FolderLock:
             raise in_use(str(self._root), self._read()) from None
         except OSError as error:
             raise InputError(f"can't be locked: {error.strerror}", file=self._root) from None
+        self._request.unlink(missing_ok=True)  # it was made to an earlier process
         self._holder.write_text(json.dumps(asdict(Process.this())) + "\n", encoding="utf-8")
         return self
 
@@ -115,6 +117,8 @@ class Ownership:
         self._ledger = ledger
         self._me = Process.this()
         self._text = ""
+        self._told = 0.0
+        self._telling = threading.Lock()
         self._ended = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -122,6 +126,7 @@ class Ownership:
         if isinstance(self._ledger.storage, RDBStorage):
             self._take(self._ledger.storage)
             self._ledger.refresh()  # it may have been written to until now
+            self._ledger.confirm = self._confirm
             self._beating = threading.Thread(target=self._beat, name="ledger-session", daemon=True)
             self._beating.start()
         return self
@@ -131,8 +136,13 @@ class Ownership:
         if self._beating is not None:
             self._beating.join()
         if self._ledger.lost is None and self._beating is not None:
+            from sqlalchemy.exc import SQLAlchemyError
+
             assert isinstance(self._ledger.storage, RDBStorage)
-            self._replace(self._ledger.storage, self._text, "null")
+            try:
+                self._replace(self._ledger.storage, self._text, "null")
+            except SQLAlchemyError as error:  # whoever comes next finds the process gone, or silent
+                logger.warning("the ledger %s is away: %s", self._ledger.place, str(error).splitlines()[0])
 
     # ------------------------------------------------------------------------------ in a database
 
@@ -146,7 +156,7 @@ class Ownership:
             if holder is None or holder.is_over or time.monotonic() > deadline:
                 mine = json.dumps(asdict(self._me))
                 if self._replace(storage, text, mine):
-                    self._text = mine
+                    self._text, self._told = mine, time.time()
                     return
                 continue  # somebody was faster
             if seen is None:
@@ -155,21 +165,34 @@ class Ownership:
             time.sleep(_LOOK_S)
 
     def _beat(self) -> None:
-        storage = self._ledger.storage
-        assert isinstance(storage, RDBStorage)
         from sqlalchemy.exc import SQLAlchemyError
 
-        while not self._ended.wait(BEAT_S):
-            text = json.dumps(asdict(replace(self._me, beat=time.time())))
+        while self._ledger.lost is None and not self._ended.wait(BEAT_S):
             try:
-                if self._replace(storage, self._text, text):
-                    self._text = text
-                elif (now := self._read(storage)) != self._text:
-                    other = _holder(now)
-                    self._ledger.lose(f"another process took it over: {other}")
-                    return
+                self._tell()
             except SQLAlchemyError as error:  # it may come back, and the next write says if it does not
                 logger.warning("the ledger %s is away: %s", self._ledger.place, str(error).splitlines()[0])
+
+    def _confirm(self) -> None:
+        """Before a write: who was silent for long, as on a machine that slept, may have been taken over."""
+        if abs(time.time() - self._told) > SILENT_S / 2:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell that this process is alive, or find out that another one has taken over."""
+        storage = self._ledger.storage
+        assert isinstance(storage, RDBStorage)
+        with self._telling:
+            now = time.time()
+            text = json.dumps(asdict(replace(self._me, beat=now)))
+            if self._replace(storage, self._text, text):
+                self._text, self._told = text, now
+                return
+            holder = _holder(found := self._read(storage))
+            if holder is not None and holder.id == self._me.id:  # it was told, but the answer was lost
+                self._text = found
+            else:
+                self._ledger.lose(f"another process took it over: {holder or 'one that has ended'}")
 
     def _read(self, storage: RDBStorage) -> str:
         from optuna.storages._rdb.models import StudyUserAttributeModel as Attribute

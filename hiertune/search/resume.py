@@ -143,16 +143,13 @@ def print_revision(console: Console, revision: Revision) -> None:
 
 def keep_spaces(folder: RunFolder, ledger: Ledger) -> None:
     """`space.yaml` is the present revision's, `space.1.yaml` that of the first, and so on."""
-    revision = ledger.identity.revision
-    for earlier in range(1, revision):
+    present = folder.space.read_text("utf-8") if folder.space.exists() else ""
+    for earlier in range(1, ledger.identity.revision):
         if not folder.earlier_space(earlier).exists():
-            text = ledger.space_of(earlier)
-            if earlier == revision - 1 and folder.space.exists():
-                text = folder.space.read_text("utf-8")  # as it was given
-            replace_text(folder.earlier_space(earlier), text)
-            replace_text(folder.space, ledger.identity.space)
-    if not folder.space.exists():
-        replace_text(folder.space, ledger.identity.space)
+            # A ledger of before says nothing of its first one, which the file still holds.
+            replace_text(folder.earlier_space(earlier), ledger.space_of(earlier) or present)
+    if present != (text := ledger.identity.space or present):
+        replace_text(folder.space, text)
 
 
 def _config_of(frozen: FrozenTrial, record: TrialRecord, space: Space) -> TrialConfig:

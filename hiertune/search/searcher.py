@@ -5,7 +5,8 @@ which misleads the sampler, and leaves failed ones RUNNING for ever.
 
 A trial is in the ledger before anybody hears of it, as the ledger gives it its number; of its epochs and
 its end the listeners hear first and the ledger last. What a kill in between left untold is told again when
-the search resumes, so a listener takes what it has heard as nothing new.
+the search resumes, so a listener takes what it has heard as nothing new. Once the ledger is lost nobody hears
+anything: listeners remove the checkpoints of trials that have ended, and those go on when the search resumes.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class LedgerSearcher(Searcher):
         self._check = check
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
+        self._last: dict[str, dict] = {}
         self._logged: set[tuple[int, str]] = set()
 
     def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
@@ -84,15 +86,19 @@ class LedgerSearcher(Searcher):
         return {"broker": self._broker, "job": self._make_job(trial.number, config), "metric": self.metric}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
+        self._ledger.require()
         trial = self._live[trial_id]
         self._note(trial, result)
         self._report(trial, result)
+        self._last[trial_id] = result
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check()
+        self._ledger.require()
         trial = self._live.pop(trial_id)
-        result = result or {}
+        last = self._last.pop(trial_id, {})
+        result = result or ({} if error else last)  # of one that it had paused (Hyperband) Tune says nothing
         seconds = time.monotonic() - self._begun.pop(trial_id)
         self._note(trial, result)
         if result.get("state") == "interrupted":

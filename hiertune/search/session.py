@@ -125,7 +125,7 @@ class Session:
             if reason not in {"trials", self._told}:
                 self._told = reason
                 self._display.stopping(ending)
-        if self.halted and not self._halting:
+        if self.halted and not self._halting and not self._over.is_set():  # `_note` may have taken its time
             self._halting = True
             self._halt()
 

@@ -738,6 +738,21 @@ def test_whoever_gets_on_or_waits_for_a_decision_does_not_hang():
     run(scenario)
 
 
+def test_a_first_worker_that_never_reports_hangs_though_the_others_did():
+    async def scenario():
+        coroner = Coroner()
+        broker = Broker(processes=coroner)
+        await begin(broker, job("t", hang_timeout=0.1, max_retries=0))
+        await broker.beat("g", "a", 0, (0, 0, 7))
+        waiting = asyncio.create_task(broker.report("g", "a", 1, 0, epoch(1)))
+        assert (await broker.advance("t", 0)).fault == "hang"
+        assert coroner.ended == [[0, 1]]
+        with pytest.raises(StaleGeneration):
+            await waiting
+
+    run(scenario)
+
+
 def test_a_beat_of_a_generation_that_is_gone_saves_nobody():
     async def scenario():
         coroner = Coroner()
@@ -818,6 +833,7 @@ class World(RuleBasedStateMachine):
         self.steps = {group: asyncio.Semaphore(0) for group in ("g", "h")}
         self.started = 0
         self.saved = 0  # the epoch of the checkpoint
+        self.agreed = 0  # the last epoch after which the submitter asked on
         self.heard: list[int] = []
         self.asking: asyncio.Task | None = None
         self.paused = self.over = False
@@ -869,15 +885,15 @@ class World(RuleBasedStateMachine):
 
     @rule(epoch=st.integers(1, EPOCHS - 1))
     def save(self, epoch):
-        """A checkpoint of an epoch that was reported."""
-        if self.saved < epoch <= self.do(self.broker.progress("t")):
+        """A checkpoint of an epoch after which the submitter went on: there is none before that."""
+        if self.saved < epoch <= self.agreed:
             self.saved = epoch
 
     @precondition(lambda self: not (self.paused or self.over or self.asking))
     @rule()
     def ask(self):
         """The trial actor is let to take its next step."""
-        self.resting = False
+        self.resting, self.agreed = False, max(self.agreed, self.after)
         self.asking = self.loop.create_task(self.broker.advance("t", self.after))
         self.do(settle())
 

@@ -56,6 +56,7 @@ def test_when_all_trials_have_ended_nothing_else_is_the_reason():
         ("min", [0.5, 0.6, 0.6], 2, True),
         ("max", [0.5, None, None], 2, True),  # failed ones better nothing
         ("max", [None, None, None], 2, False),  # there is nothing to better yet
+        ("max", [0.5, 0.4, 0.4, 0.6], 2, False),  # of earlier sessions only the last trials count
     ],
 )
 def test_patience(mode, values, patience, enough):

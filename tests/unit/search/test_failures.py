@@ -72,6 +72,12 @@ def test_a_trial_that_ends_otherwise_begins_the_count_anew(between):
     assert streak(failed("a"), failed("a"), between, *[failed("a")] * 3).broken
 
 
+def test_a_broken_one_stays_broken_whatever_those_that_still_ran_come_to():
+    broken = streak(*[failed("a")] * 3, TrialRecord(9, "completed", {}, 0.5), failed("b"))
+    assert broken.broken
+    assert broken.verdict == "3 trials in a row failed for one cause: a"
+
+
 def test_the_limit_may_be_one():
     assert streak(failed("a"), limit=1).broken
     assert not streak(limit=1).broken

@@ -2,12 +2,15 @@
 
 import json
 import math
+import resource
+import signal
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from hiertune._database import Place
+from hiertune._journal import JournalFile
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.errors import InputError
 from hiertune.record import newest_study, open_storage
@@ -370,6 +373,10 @@ def groups():
 
 @pytest.fixture
 def search(path, groups):
+    return searching(path, groups)
+
+
+def searching(path, groups):
     ledger, recorder = open_ledger(path), Recorder()
     interrupted, enough = [], []
 
@@ -403,6 +410,18 @@ def result(epoch, value, **more):
         "measured": Measured(metrics),
         **rest,
     }
+
+
+def test_a_trial_that_is_stopped_while_it_is_paused_ends_with_its_last_epoch(search):
+    searcher, ledger, *_ = search
+    searcher.suggest("t")
+    searcher.on_trial_result("t", result(1, 0.4, state="running"))
+    searcher.on_trial_result("t", result(2, 0.5, state="running"))
+    searcher.on_trial_complete("t")  # as Tune does where Hyperband drops it from a bracket
+    record = ledger.records()[0]
+    assert (record.state, record.value, record.epochs) == ("pruned", 0.5, 2)
+    assert record.reason == "stopped by the scheduler after epoch 2"
+    assert record.metrics == {"val/accuracy": 0.5, "lr": 0.1}
 
 
 def test_a_completed_trial(search):
@@ -801,6 +820,56 @@ def test_a_journal_that_cannot_be_written_is_said_and_stays_whole(journal, monke
     resumed = open_ledger(journal, resume=True)
     assert resumed.report(ask(resumed), 1, 0.5)
     assert open_ledger(journal, resume=True).epochs()[2] == {1: 0.5}
+
+
+def test_of_an_entry_that_fits_in_part_nothing_stays(tmp_path):
+    path = tmp_path / "ledger.log"
+    journal = JournalFile(path, writable=True)
+    journal.append_logs([{"a": 1}])
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a disk with 20 bytes left
+    try:
+        with pytest.raises(OSError, match="too large"):
+            journal.append_logs([{"b": "x" * 40}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == whole
+
+
+def test_of_a_lost_ledger_nobody_hears_that_a_trial_has_ended(tmp_path, monkeypatch):
+    searcher, _, recorder, _ = searching(Place(tmp_path / "ledger.log"), [1, 2])
+    for trial_id in ("t", "u"):
+        searcher.suggest(trial_id)
+    searcher.on_trial_result("t", result(1, 0.5, state="running"))
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("os.fsync", full)
+        with pytest.raises(LedgerLost):  # what listeners heard of this one is told again later
+            searcher.on_trial_complete("t", {"state": "failed", "reason": "bad", "fault": "error"})
+    heard = len(recorder.events)
+    with pytest.raises(LedgerLost):
+        searcher.on_trial_result("u", result(1, 0.5, state="running"))
+    with pytest.raises(LedgerLost):
+        searcher.on_trial_complete("u", {"state": "failed", "reason": "bad", "fault": "error"})
+    assert len(recorder.events) == heard
+
+
+def test_what_a_search_has_used_is_known_while_the_database_is_away(path, monkeypatch):
+    ledger = open_ledger(path)
+    ledger.note_session(0, begun=1.0, seconds=10.0, worker_seconds=30.0)
+    ledger = open_ledger(path, resume=True)
+    ledger.note_session(1, begun=50.0, seconds=2.0, worker_seconds=4.0)
+
+    def away(study_id):
+        raise optuna.exceptions.StorageInternalError("connection refused")
+
+    monkeypatch.setattr(ledger.storage, "get_study_user_attrs", away)
+    assert ledger.used() == Used(12.0, 34.0)
 
 
 def test_a_database_that_comes_back_is_written_to_once(postgresql, postgresql_server, tmp_path, monkeypatch):

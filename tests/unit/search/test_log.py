@@ -1,6 +1,7 @@
 """What a search writes into its log."""
 
 import logging
+from pathlib import Path
 
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.search.driver import _logging_to
@@ -20,6 +21,12 @@ def test_the_log_has_a_line_for_every_trial_that_starts_or_ends(tmp_path):
         "trial 3 pruned after 2 epochs, objective 0.5, 1.2 s: stopped after epoch 2",
         "trial 4 completed after 2 epochs, objective 0.5, 1.2 s",
     ]
+
+
+def test_a_log_on_a_full_disk_is_done_without(capsys):
+    with _logging_to(Path("/dev/full")):
+        logging.getLogger("hiertune").warning("something")
+    assert capsys.readouterr().err == ""
 
 
 def test_logging_is_afterwards_what_it_was(tmp_path):

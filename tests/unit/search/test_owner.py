@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from hiertune import _process
 from hiertune._database import Place
@@ -54,6 +55,13 @@ def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path, other)
         holder = json.loads((tmp_path / "search.owner").read_text())
         assert holder["pid"] == os.getpid()
     assert not (tmp_path / "search.owner").exists()
+
+
+def test_what_was_asked_of_an_earlier_process_is_not_asked_of_this_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.request.write_text("stop")
+    with FolderLock(folder):
+        assert not folder.request.exists()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -140,6 +148,45 @@ def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
         with pytest.raises(LedgerLost, match="another process took it over: process 7 on far"):
             ledger.report(trial, 2, 0.6)
     assert reopen(place).epochs() == {0: {1: 0.5}}
+
+
+def test_whoever_was_silent_for_long_looks_before_it_writes(place, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_S", 1000.0)
+    ledger = begin(place)
+    with Ownership(ledger):
+        trial = ledger.next_trial()
+        trial.suggest_float("x", 0.0, 1.0)
+        monkeypatch.setattr(owner, "SILENT_S", 0.0)  # as after the machine slept
+        ledger.report(trial, 1, 0.5)
+        ledger.storage.set_study_user_attr(ledger.first_id, owner.SESSION, None)  # taken over, and ended
+        with pytest.raises(LedgerLost, match="another process took it over: one that has ended"):
+            ledger.report(trial, 2, 0.6)
+    assert reopen(place).epochs() == {0: {1: 0.5}}
+
+
+def test_a_beat_whose_answer_was_lost_is_its_own(place, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_S", 1000.0)
+    ledger = begin(place)
+    with Ownership(ledger) as ownership:
+        written(ledger, replace(ownership._me, beat=time.time()))
+        for _ in range(2):
+            ownership._tell()
+        assert ledger.lost is None
+    with Ownership(reopen(place)):
+        pass
+
+
+def test_a_database_that_is_away_at_the_end_costs_no_result(place, monkeypatch):
+    ledger = begin(place)
+    with monkeypatch.context() as context, Ownership(ledger) as ownership:
+
+        def away(*args):
+            raise OperationalError("update", {}, Exception("connection refused"))
+
+        context.setattr(ownership, "_replace", away)
+    written(ledger, replace(Process.this(), born="1"))  # it is gone
+    with Ownership(reopen(place)):
+        pass
 
 
 def test_a_revision_keeps_the_session(place, monkeypatch):

@@ -201,6 +201,32 @@ def test_the_folder_keeps_every_space(folder):
     assert [*texts, folder.space.read_text()] == [given, second, third]
 
 
+@pytest.mark.parametrize("cut", ["before the first file", "before the last file", "edited in the folder"])
+def test_after_a_kill_the_folder_keeps_the_right_spaces(folder, cut):
+    second, third = CONTINUOUS.replace("1e-2", "5e-3"), CONTINUOUS.replace("1e-2", "2e-3")
+    ledger = begin(folder, CONTINUOUS, trials=2, running=0)
+    revise(ledger, folder, parse_space(second))
+    if cut == "before the last file":
+        folder.earlier_space(1).write_text(CONTINUOUS)
+    if cut == "edited in the folder":  # `hiertune search runs/it/space.yaml --resume`
+        folder.space.write_text(second)
+    else:
+        revise(ledger, folder, parse_space(third))
+    keep_spaces(folder, ledger)
+    texts = [CONTINUOUS, second] if cut == "edited in the folder" else [CONTINUOUS, second, third]
+    earlier = [folder.earlier_space(number + 1).read_text() for number in range(len(texts) - 1)]
+    assert [*earlier, folder.space.read_text()] == texts
+
+
+def test_a_space_that_was_not_replaced_before_a_kill_is_replaced_later(folder):
+    second = CONTINUOUS.replace("1e-2", "5e-3")
+    ledger = begin(folder, CONTINUOUS, trials=2, running=0)
+    revise(ledger, folder, parse_space(second))
+    folder.earlier_space(1).write_text(CONTINUOUS)
+    keep_spaces(folder, ledger)
+    assert folder.space.read_text() == second
+
+
 def test_a_space_that_is_not_valid_any_more_is_said(folder):
     ledger = Ledger.open(folder.ledger, "it", "max", resume=False, space="name: it\n")
     with pytest.raises(InputError, match=r"begun with is not valid any more: .*data"):

@@ -112,6 +112,8 @@ def test_patience_lets_running_trials_come_to_their_own_end(begin):
     completed(session, 0.2)  # one that was running
     session.look()
     assert (told.halts, told.reasons) == (0, ["no improvement in the last 2 trials"])
+    completed(session, 0.9)  # another one: no new trial was begun, so the search ends all the same
+    assert session.ending.reason == "no improvement in the last 2 trials"
 
 
 def test_the_user_is_heard_after_patience_and_before_a_budget(begin):
@@ -133,6 +135,15 @@ def test_that_all_trials_have_ended_needs_no_word(begin):
     completed(session, 0.5)
     session.look()
     assert (session.ending.by, session.halted, told.reasons) == ("trials", False, [])
+
+
+def test_a_session_that_is_over_halts_nothing_more(begin):
+    session, now, told = begin(time_budget="10m")
+    with session:
+        pass
+    now[0] += 600
+    session.look()  # a note that took long: the winner is being measured by now
+    assert told.halts == 0
 
 
 def test_notes_are_seldom_in_a_long_session(begin):
