@@ -53,7 +53,7 @@ class Unreachable(Exception):
 
 def own_ray() -> bool:
     """Whether a search starts Ray itself, on this machine. `ray job submit` sets RAY_ADDRESS."""
-    return "RAY_ADDRESS" not in os.environ
+    return not os.environ.get("RAY_ADDRESS")  # Ray takes an empty one for none, too
 
 
 def connect(patience_s: float = 0.0) -> None:
@@ -85,6 +85,7 @@ def _connect(patience_s: float) -> None:
     with _on_loopback():
         protect_token()
         ray.init(
+            address="local",  # by itself it would join what somebody has begun here by `ray start`
             object_store_memory=_OBJECT_STORE_BYTES,
             dashboard_host="127.0.0.1",
             runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
@@ -103,7 +104,7 @@ _LOOPBACK_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys
 
 def is_local() -> bool:
     """Whether Ray is, or would be, started here for this machine alone."""
-    return "RAY_ADDRESS" not in os.environ and os.environ.get(_NO_CLUSTER, "0") in ("0", "false")
+    return own_ray() and os.environ.get(_NO_CLUSTER, "0") in ("0", "false")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ _MOST = 1000
 
 
 def examine() -> Iterator[Finding]:
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or None
     try:
         cluster.connect()
     except (RayError, OSError, RuntimeError, ValueError, ConnectionError) as error:

@@ -102,7 +102,7 @@ def plan_search(
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
         check_uri(uri)
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         nodes = local_nodes()
         groups_that_fit(GroupShape.of(config.search, nodes), nodes, file=str(file))
     data = _open_data(space, file.parent)

@@ -57,3 +57,21 @@ def test_the_switch_to_loopback_is_put_back(home, monkeypatch):
     monkeypatch.delenv(cluster._NO_CLUSTER)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not cluster.is_local()
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_without_an_address_ray_is_started_here_whoever_has_begun_one_on_this_machine(
+    home, monkeypatch, given
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    asked = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: asked.update(options))
+    for name in cluster.ENVIRONMENT:
+        monkeypatch.setenv(name, cluster.ENVIRONMENT[name])
+    cluster.connect()
+    assert cluster.own_ray()
+    assert cluster.is_local()
+    assert asked["address"] == "local", "else Ray joins the one that `ray start` has noted under /tmp/ray"
+    assert asked["dashboard_host"] == "127.0.0.1"
