@@ -145,7 +145,7 @@ def _renamed(config: SearchConfig, name: str) -> SearchConfig:
     try:
         return SearchConfig.model_validate({**config.model_dump(), "name": name})
     except ValidationError as error:
-        raise InputError(f"--name {name!r}: {error.errors()[0]['msg']}") from None
+        raise InputError(f"--name {name!r}: {_message(error)}") from None
 
 
 def _with_time_budget(config: SearchConfig, text: str) -> SearchConfig:
@@ -158,8 +158,11 @@ def _with_time_budget(config: SearchConfig, text: str) -> SearchConfig:
         section = {**config.search.model_dump(), "time_budget": seconds}
         return config.model_copy(update={"search": SearchSection.model_validate(section)})
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"--time-budget {text!r}: {message}") from None
+        raise InputError(f"--time-budget {text!r}: {_message(error)}") from None
+
+
+def _message(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def _open_data(space: Space, folder: Path) -> HierarchicalDataset:

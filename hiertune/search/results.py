@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiertune._programs import as_typed
+from hiertune._text import visible
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import count_states
@@ -213,7 +214,7 @@ def leaderboard(records: list[TrialRecord], metric: str, mode: Mode) -> Table:
 def test_table(rows: dict[str, dict[str, float]], levels: tuple[str, ...]) -> Table:
     """The winner beside its controls on the test split; one row per metric."""
     table = Table(title="On the test split, read once", title_justify="left", show_edge=False)
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)  # rather fold the headings of a narrow terminal
     for label in rows:
         table.add_column(escape(label.replace("_", " ")), justify="right")
     metrics = [f"accuracy_seen/{levels[-1]}", *(f"accuracy/{level}" for level in reversed(levels))]
@@ -246,13 +247,14 @@ def _short(name: str, others: list[str]) -> str:
 
 def print_plan(console: Console, plan: SearchPlan) -> None:
     """What a search would do: its parameters and the first question of every user, how many there are."""
-    table = Table(title=f"The space of {plan.space.file}", title_justify="left", show_edge=False)
+    title = escape(visible(f"The space of {plan.space.file}"))
+    table = Table(title=title, title_justify="left", show_edge=False)
     for heading in ("parameter", "distribution", "only when", "line"):
         table.add_column(heading, overflow="fold")
     for parameter in plan.space.parameters:
         table.add_row(
             *map(
-                escape,
+                lambda cell: escape(visible(cell)),
                 (parameter.name, str(parameter.distribution), parameter.condition, str(parameter.line)),
             )
         )

@@ -159,7 +159,7 @@ def test_other_commands_refuse_too(folder, capsys):
     assert "nowhere" in refused(capsys, "report", "nowhere")
     assert "nowhere" in refused(capsys, "export", "nowhere", "out")
     assert "builtin:rrna16s" in refused(capsys, "data", "describe", "builtin:rna")
-    assert "name" in refused(capsys, "search", "space.yaml", "--name", "../above")
+    assert "'../above': must be letters" in refused(capsys, "search", "space.yaml", "--name", "../above")
 
 
 @pytest.mark.parametrize(
@@ -305,6 +305,20 @@ def test_names_of_folders_and_classes_are_no_markup(folder, capsys):
     assert said == "the winner of [red]run is in [/]\n"
     assert r"no such file" in refused(capsys, "data", "describe", "[a]\x1b.h5")
     refused(capsys, "data", "describe", "caf\udce9.h5")
+
+
+def test_a_dry_run_shows_names_as_they_are(folder, capsys):
+    """A folder `a[` with a folder `b]` in it would be a closing tag."""
+    for name in ("x[red].yaml", "a[/b]/space.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(GOOD.replace("path: data.h5", f"path: {folder}/data.h5"))
+        assert f"The space of {name}" in done(capsys, "search", name, "--dry-run")
+    (folder / "\x1b]0;.h5").write_bytes((folder / "data.h5").read_bytes())
+    path = r'{choice: [data.h5, "\e]0;.h5"]}'
+    (folder / "space.yaml").write_text(GOOD.replace("path: data.h5", f"path: {path}"))
+    shown = done(capsys, "search", "space.yaml", "--dry-run")
+    assert "\x1b" not in shown
+    assert r"\x1b]0;.h5" in shown
 
 
 def test_the_inputs_are_not_read_into_memory_to_be_counted(folder, capsys, monkeypatch):
