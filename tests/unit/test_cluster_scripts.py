@@ -85,6 +85,27 @@ def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, mo
     assert "secret" not in " ".join(words)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HIERTUNE_STORAGE", "s3://key:hidden@bucket/folder"),
+        ("HIERTUNE_LEDGER", "postgresql+psycopg://me:hidden@host/searches"),
+        ("MLFLOW_TRACKING_URI", "http://me:hidden@mlflow:5000"),
+    ],
+)
+def test_an_address_with_a_password_is_not_shown_to_the_whole_cluster(
+    submit, tmp_path, monkeypatch, name, value
+):
+    options = Namespace(runs="/runs", name=None, trials=None, time_budget=None, no_wait=True)
+    space = write_space(tmp_path, "builtin:rrna16s")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"^{name}: .*holds a password") as refused:
+        submit.command(space, options, "/packed")
+    assert "hidden" not in str(refused.value)
+    monkeypatch.setenv(name, value.replace("me:hidden@", "me@").replace("key:hidden@", ""))
+    submit.command(space, options, "/packed")
+
+
 def as_ray_runs_it(words, folder):
     """The shell command that the installed Ray makes of `ray job submit WORDS`."""
     cli = pytest.importorskip("ray.dashboard.modules.job.cli")
