@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hiertune._database import Place, check_reachable, ledger_url, place_of
 from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
-from hiertune.errors import InputError
+from hiertune.errors import InputError, about
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
 from hiertune.search.mirror import bring_back
 from hiertune.search.outputs import RunFolder
@@ -98,10 +98,12 @@ def plan_search(
         bring_back(folder)
     if resume is None:
         resume = folder.begun or folder.is_bare
-    ledger = _ledger_of(config, folder, resume, file)
+    ledger = _ledger_of(space, config, folder, resume)
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
-        check_uri(uri)
+        line = space.line_of("tracking.uri")
+        with about(space.file, line) if config.tracking.uri else about("MLFLOW_TRACKING_URI"):
+            check_uri(uri)
     if not os.environ.get("RAY_ADDRESS"):
         nodes = local_nodes()
         groups_that_fit(GroupShape.of(config.search, nodes), nodes, file=str(file))
@@ -182,7 +184,7 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
     return first
 
 
-def _ledger_of(config: SearchConfig, folder: RunFolder, resume: bool, file: Path) -> Place:
+def _ledger_of(space: Space, config: SearchConfig, folder: RunFolder, resume: bool) -> Place:
     """Where the search's record is or will be; a database has answered by then."""
     try:
         url = ledger_url(config.ledger)
@@ -196,5 +198,8 @@ def _ledger_of(config: SearchConfig, folder: RunFolder, resume: bool, file: Path
     except InputError as error:
         if error.key != "ledger" or error.file is not None:
             raise
-        raise InputError(error.problem, file=file, key=error.key, allowed=error.allowed) from None
+        where: dict[str, Any] = {"file": space.file, "line": space.line_of("ledger")}
+        if config.ledger is None:
+            where = {"file": "HIERTUNE_LEDGER"}
+        raise InputError(error.problem, key=error.key, allowed=error.allowed, **where) from None
     return place

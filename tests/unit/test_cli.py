@@ -162,6 +162,24 @@ def test_other_commands_refuse_too(folder, capsys):
     assert "'../above': must be letters" in refused(capsys, "search", "space.yaml", "--name", "../above")
 
 
+def test_an_address_that_is_refused_is_named_by_its_place(folder, capsys, monkeypatch):
+    """A line of the file, or the variable."""
+    for key, line in (
+        ("tracking", "tracking: {uri: 'ftp://h'}"),
+        ("ledger", "ledger: sqlite:////no/where/x.db"),
+    ):
+        (folder / "space.yaml").write_text(GOOD.replace("search:", f"{line}\nsearch:"))
+        assert refused(capsys, "search", "space.yaml").startswith(f"error: space.yaml:6: {key}")
+    (folder / "space.yaml").write_text(GOOD)
+    for name, value in (
+        ("MLFLOW_TRACKING_URI", "http://[h"),
+        ("HIERTUNE_LEDGER", "sqlite:////no/where/x.db"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert refused(capsys, "search", "space.yaml").startswith(f"error: {name}: ")
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
