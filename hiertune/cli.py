@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the search failed or the doctor found a problem, 2 bad inp
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -46,6 +47,9 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; the process ends with one of the exit codes above."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a mark that a terminal can't show must not end a search
     errors = Console(stderr=True)
     try:
         app(args=argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -92,6 +93,21 @@ class RunFolder:
             if file != logits:
                 file.unlink(missing_ok=True)
 
+    def require_writable(self) -> None:
+        """InputError where no search can be kept: below a file, or where nothing may be written."""
+        existing = next(path for path in (self.root, *self.root.parents) if os.path.exists(path))
+        if not existing.is_dir():
+            raise _no_place(existing, "is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise _no_place(existing, "can't be written")
+
+    def make(self) -> None:
+        """Make the folder; InputError where that can't be."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_place(self.root, f"can't be made: {error.strerror}") from None
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
         there: Path | Folder | None = self.root if self.root.exists() else None
@@ -123,6 +139,10 @@ class RunFolder:
     def is_bare(self) -> bool:
         """A search that was killed before anything was recorded: it can begin again."""
         return self.root.exists() and not self.begun and not self.curves.exists()
+
+
+def _no_place(path: Path, problem: str) -> InputError:
+    return InputError(problem, file=path, key="--runs", allowed="a folder that this user may write to")
 
 
 def state_of(record: TrialRecord) -> str:

@@ -91,6 +91,7 @@ def plan_search(
     if time_budget is not None:
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
+    folder.require_writable()
     if resume is False:
         folder.require_new()
     folder = RunFolder(folder.root, _storage(space, config, folder.root))

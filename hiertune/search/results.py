@@ -145,7 +145,7 @@ def next_commands(plan: SearchPlan, summary: dict[str, Any], decode: bool = Fals
 def extension(plan: SearchPlan, ending: Ending) -> str:
     """What to type for twice of what ended the search."""
     if ending.by == "trials":
-        return resume_command(plan, trials=str(2 * plan.trials))
+        return resume_command(plan, trials=f"{2 * ending.limit:.0f}")
     if ending.by == "time_budget":
         return resume_command(plan, **{"time-budget": as_duration(2 * ending.limit)})
     return f"{resume_command(plan)}  # after raising search.{ending.by} in {plan.space.file}"
@@ -153,7 +153,12 @@ def extension(plan: SearchPlan, ending: Ending) -> str:
 
 def _ending_of(plan: SearchPlan, summary: dict[str, Any]) -> Ending:
     ended = summary.get("ended", {"by": "trials", "reason": "", "limit": plan.trials})  # older ones have none
-    return Ending(ended["by"], ended["reason"], ended["limit"])
+    limit = ended["limit"]
+    if ended["by"] == "trials":  # `--trials` may be less than there are
+        open_or_left = ("interrupted", "outside")
+        counts = [count for state, count in summary["trials"].items() if state not in open_or_left]
+        limit = max(limit, sum(counts))
+    return Ending(ended["by"], ended["reason"], limit)
 
 
 def resume_command(plan: SearchPlan, **instead: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from hiertune import Taxonomy
 from hiertune.cli import main
 from hiertune.data import write_dataset
+from hiertune.errors import InputError
+from hiertune.search.outputs import RunFolder
 from hiertune.search.plan import plan_search
 
 GOOD = """name: it
@@ -160,6 +163,32 @@ def test_other_commands_refuse_too(folder, capsys):
     assert "nowhere" in refused(capsys, "export", "nowhere", "out")
     assert "builtin:rrna16s" in refused(capsys, "data", "describe", "builtin:rna")
     assert "'../above': must be letters" in refused(capsys, "search", "space.yaml", "--name", "../above")
+
+
+def test_a_runs_folder_that_can_not_be_one_is_refused(folder, capsys, monkeypatch):
+    (folder / "file").write_text("mine")
+    for arguments in (
+        ("--runs", "file"),
+        ("--runs", "file/below", "--resume"),
+        ("--runs", "file", "--dry-run"),
+    ):
+        message = refused(capsys, "search", "space.yaml", *arguments)
+        assert message.startswith(f"error: {folder / 'file'}: --runs: is a file\n  allowed: a folder")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "it").write_text("mine")
+    assert "--runs: is a file" in refused(capsys, "search", "space.yaml", "--resume")
+    with pytest.raises(InputError, match=r"no/it: --runs: can't be made: No such file"):
+        RunFolder(Path("/proc/no/it")).make()
+    may = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "--runs: can't be written" in refused(capsys, "search", "space.yaml", "--name", "other")
+
+
+def test_a_terminal_that_lacks_a_mark_ends_nothing(folder):
+    program = "from hiertune import cli\ncli.app = lambda args: print('\\u2714 trial 0')\ncli.main([])\n"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "? trial 0\n")
 
 
 def test_an_address_that_is_refused_is_named_by_its_place(folder, capsys, monkeypatch):

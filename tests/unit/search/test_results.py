@@ -72,6 +72,19 @@ def test_the_command_that_extends(tmp_path, monkeypatch, ending, command):
     assert results.extension(plan(tmp_path), ending) == command
 
 
+def test_a_search_that_has_more_trials_than_were_asked_for_is_extended_beyond_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "as_typed", lambda name: name)
+    asked = plan(tmp_path, trials="2")
+    asked.trials, asked.tracking_uri = 2, "http://mlflow"
+    summary = {
+        "trials": {"completed": 9, "pruned": 3, "outside": 7},
+        "ended": {"by": "trials", "reason": "", "limit": 2},
+    }
+    command = results.next_commands(asked, summary)["Extend the search"]
+    assert command == "hiertune search 'my space.yaml' --resume --trials 24"
+
+
 ENDED = [
     *(TrialRecord(number, "completed", {}, 0.5) for number in range(12)),
     *(TrialRecord(number, "pruned", {}, 0.5) for number in range(12, 16)),
