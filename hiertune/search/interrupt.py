@@ -82,9 +82,8 @@ class Interruption:
     def watching(self, request: Path) -> Iterator[None]:
         """Within, the file `request` works as a signal; with the text `now` in it as a second one.
 
-        A request from before is removed, and so is an answered one.
+        An answered request is removed; one from before the search had its folder `FolderLock` removes.
         """
-        request.unlink(missing_ok=True)
         left = threading.Event()
         threading.Thread(target=self._watch, args=(request, left), daemon=True).start()
         try:

@@ -35,9 +35,13 @@ def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
         allowed = ", ".join(begun) or "a search that was begun; `--runs` names another folder"
         raise InputError(f"there is no search {name!r} in {runs}", key="NAME", allowed=allowed)
     folder = RunFolder(runs.resolve() / name)
-    if not _runs(folder):
-        raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
-    replace_text(folder.request, NOW if now else STOP)
+    try:
+        if not _runs(folder):
+            raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
+        replace_text(folder.request, NOW if now else STOP)
+    except OSError as error:
+        allowed = "stop it as a user, and on a machine, that may write there"
+        raise InputError(f"can't be asked: {error.strerror}", file=folder.root, allowed=allowed) from None
     waiting = "stopping" if now else "asked; the current epochs end first (Ctrl-C here ends only the waiting)"
     try:
         with console.status(waiting):

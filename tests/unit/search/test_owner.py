@@ -56,6 +56,17 @@ def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path, other)
     assert not (tmp_path / "search.owner").exists()
 
 
+def test_a_request_to_stop_from_before_is_not_for_the_process_that_takes_the_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.request.write_text("stop")
+    with FolderLock(folder):
+        assert not folder.request.exists()
+        folder.request.write_text("stop")  # this one is
+        with pytest.raises(InputError, match="being run by"), FolderLock(folder):
+            pass
+        assert folder.request.exists(), "nor is it another's to remove"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request, tmp_path):
     if request.param == "sqlite":

@@ -95,6 +95,12 @@ def test_a_search_that_does_not_run_is_not_asked(folder):
     assert not folder.request.exists()
 
 
+def test_a_search_in_a_folder_that_can_not_be_written(folder):
+    folder.lock.mkdir()  # stands for another user's
+    with pytest.raises(InputError, match=r"runs/it: can't be asked: Is a directory\n  allowed: stop it as"):
+        stop(folder)
+
+
 @pytest.mark.parametrize("name", ["other", "../it", "it/../it", ".", "", "/etc"])
 def test_a_name_without_a_search(folder, name):
     with pytest.raises(InputError, match="there is no search") as refused:
