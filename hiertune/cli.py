@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 from datetime import datetime
@@ -80,7 +81,7 @@ def search(
     """Search a space: train many settings, prove which win, keep the best model."""
     from hiertune.search.interrupt import INTERRUPTED, Interruption, SearchInterrupted, leave
 
-    console = Console()
+    console = _Output()
     with Interruption() as interruption:
         try:
             from hiertune.search.plan import plan_search
@@ -108,6 +109,16 @@ def search(
             if not interruption.at_once:
                 raise
             leave(interruption.last_words)
+
+
+class _Output(Console):
+    """A search goes on without a word when nobody reads any more, as after `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> None:

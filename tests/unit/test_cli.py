@@ -191,6 +191,22 @@ def test_a_terminal_that_lacks_a_mark_ends_nothing(folder):
     assert (done.returncode, done.stdout) == (0, "? trial 0\n")
 
 
+def test_a_search_that_nobody_reads_any_more_goes_on(folder):
+    program = (
+        "import sys, time\n"
+        "from hiertune.cli import _Output\n"
+        "for number in range(3): _Output().print(number); time.sleep(0.2)\n"
+        "print('not seen', flush=True)\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "done\n")
+
+
 def test_an_address_that_is_refused_is_named_by_its_place(folder, capsys, monkeypatch):
     """A line of the file, or the variable."""
     for key, line in (
