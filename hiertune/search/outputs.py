@@ -172,5 +172,5 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # paths may be no UTF-8
     temporary.replace(path)

@@ -79,15 +79,15 @@ def _outcome(folder: RunFolder) -> str:
 def _states(trials: Path) -> Counter[str]:
     if not trials.exists():
         return Counter()
-    with trials.open(encoding="utf-8", newline="") as file:
-        return Counter(row["state"] for row in csv.DictReader(file))
+    with trials.open(encoding="utf-8", errors="replace", newline="") as file:
+        return Counter(row["state"] for row in csv.DictReader(file) if row.get("state"))
 
 
 def _command(folder: RunFolder) -> str:
     """Without the folder that it is typed in, where that is this one."""
     if not folder.resume.exists():  # of a search that was begun before there were any
         return "hiertune search SPACE.yaml --resume"
-    command = folder.resume.read_text(encoding="utf-8").strip()
+    command = folder.resume.read_text(encoding="utf-8", errors="surrogateescape").strip()
     return command.removeprefix(f"cd {shlex.quote(os.getcwd())} && ")
 
 
