@@ -127,8 +127,9 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     try:
         run_search(plan, console, interruption, _anew())
     except SearchFailed as error:
+        said = escape(visible(str(error), keep="\n"))
         Console(stderr=True).print(
-            f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
+            f"[bold red]the search failed:[/] {said}\n  see {escape(str(plan.folder.log))}",
             highlight=False,
             soft_wrap=True,
         )
