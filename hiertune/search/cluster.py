@@ -48,7 +48,7 @@ ENVIRONMENT = {
 
 
 class Unreachable(Exception):
-    """RAY_ADDRESS names a cluster that can't be joined."""
+    """RAY_ADDRESS names a cluster that can't be joined; or Ray does not start on this machine."""
 
 
 def own_ray() -> bool:
@@ -62,7 +62,7 @@ def connect(patience_s: float = 0.0) -> None:
     A closing terminal sends SIGHUP to all processes in it. This one handles it; Ray's, which inherit the
     mask, must live on until the epochs are over. (Of Ctrl-C Ray takes care.)
 
-    Raises Unreachable if there is no such cluster for `patience_s`.
+    Raises Unreachable if there is no such cluster for `patience_s`, or Ray does not start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -84,13 +84,17 @@ def _connect(patience_s: float) -> None:
     interfaces = {name: os.environ.get(name, value) for name, value in _LOOPBACK_ONLY.items()}
     with _on_loopback():
         protect_token()
-        ray.init(
-            address="local",  # by itself it would join what somebody has begun here by `ray start`
-            object_store_memory=_OBJECT_STORE_BYTES,
-            dashboard_host="127.0.0.1",
-            runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",  # by itself it would join what somebody has begun here by `ray start`
+                object_store_memory=_OBJECT_STORE_BYTES,
+                dashboard_host="127.0.0.1",
+                runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
+                **quiet,
+            )
+        except Exception as error:  # Ray raises what its many parts do: a full disk, a long path, a limit
+            advice = "`hiertune doctor --start-ray` looks for the cause"
+            raise Unreachable(f"Ray does not start on this machine: {error}; {advice}") from error
 
 
 _NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"

@@ -6,7 +6,7 @@ import stat
 import pytest
 from ray._private import ray_constants
 
-from hiertune.search import cluster
+from hiertune.search import cluster, look
 
 
 @pytest.fixture
@@ -75,3 +75,19 @@ def test_without_an_address_ray_is_started_here_whoever_has_begun_one_on_this_ma
     assert cluster.is_local()
     assert asked["address"] == "local", "else Ray joins the one that `ray start` has noted under /tmp/ray"
     assert asked["dashboard_host"] == "127.0.0.1"
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(home, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
+    for name in cluster.ENVIRONMENT:
+        monkeypatch.setenv(name, cluster.ENVIRONMENT[name])
+
+    def fail(**options):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/nowhere")
+
+    monkeypatch.setattr(cluster.ray, "init", fail)
+    with pytest.raises(cluster.Unreachable, match=r"does not start on this machine: .*nowhere.*--start-ray"):
+        cluster.connect()
+    (found,) = look.examine()
+    assert found.status == "problem"
+    assert found.what == "does not start: [Errno 2] No such file or directory: '/proc/nowhere'"
