@@ -1,7 +1,7 @@
 """The command line. Commands only read their options and call; what takes time to import comes late.
 
-Exit codes: 0 done, 1 the search failed or the doctor found a problem, 2 bad input and nothing started,
-130 interrupted, 143 ended by SIGTERM.
+Exit codes: 0 done, 1 the search failed, the doctor found a problem or not all could be delivered, 2 bad input
+and nothing started, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
