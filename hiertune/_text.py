@@ -32,8 +32,9 @@ def check_storable(texts: Iterable[str], *, key: str, file: str | Path | None = 
 
 
 def without_passwords(text: str) -> str:
-    """`text` with `***` for the password of every address `scheme://user:password@host`."""
-    return re.sub(r"(://[^\s:/@\"']*):[^\s/@\"']+@", r"\1:***@", text)
+    """`text` with `***` for the password of every address, `scheme://user:password@host` or `?password=`."""
+    text = re.sub(r"(://[^\s:/@\"']*):[^\s/\"']+@", r"\1:***@", text)
+    return re.sub(r"(?i)(://[^\s\"']*[?&](?:ssl)?(?:password|passwd|pwd)=)[^\s&\"']+", r"\1***", text)
 
 
 def visible(text: str, keep: str = "") -> str:

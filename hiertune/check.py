@@ -96,7 +96,7 @@ def _workers_may_have_gpu(asked: float | None) -> bool:
     if asked is not None:
         return asked > 0
     # A cluster elsewhere may have the GPUs that this machine lacks.
-    return "RAY_ADDRESS" in os.environ or _cuda_is_available()
+    return bool(os.environ.get("RAY_ADDRESS")) or _cuda_is_available()
 
 
 def _cuda_is_available() -> bool:

@@ -1,12 +1,14 @@
 """The command line. Commands only read their options and call; what takes time to import comes late.
 
-Exit codes: 0 done, 1 the search failed or the doctor found a problem, 2 bad input and nothing started,
-130 interrupted, 143 ended by SIGTERM.
+Exit codes: 0 done, 1 the search failed, the doctor found a problem or not all could be delivered, 2 bad input
+and nothing started, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import sys
 from datetime import datetime
@@ -46,6 +48,9 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; the process ends with one of the exit codes above."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a mark that a terminal can't show must not end a search
     errors = Console(stderr=True)
     try:
         app(args=argv)
@@ -76,7 +81,7 @@ def search(
     """Search a space: train many settings, prove which win, keep the best model."""
     from hiertune.search.interrupt import Interruption, leave
 
-    console = Console()
+    console = _Output()
     with Interruption() as interruption:
         try:
             from hiertune.search.plan import plan_search
@@ -103,6 +108,16 @@ def search(
             leave(interruption.last_words)
 
 
+class _Output(Console):
+    """A search goes on without a word when nobody reads any more, as after `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> None:
     from hiertune.search.interrupt import INTERRUPTED, SearchInterrupted, leave
 
@@ -116,8 +131,9 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
         console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
         code = INTERRUPTED
     except (SearchFailed, OSError) as error:  # the disk is full, or gone
+        said = escape(visible(str(error), keep="\n"))
         Console(stderr=True).print(
-            f"[bold red]the search failed:[/] {escape(str(error))}\n  see {escape(str(plan.folder.log))}",
+            f"[bold red]the search failed:[/] {said}\n  see {escape(str(plan.folder.log))}",
             highlight=False,
             soft_wrap=True,
         )

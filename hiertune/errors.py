@@ -43,15 +43,15 @@ class InputError(ValueError):
 
 
 @contextmanager
-def about(file: str | Path) -> Iterator[None]:
-    """What is raised within, and names no file, is said of `file`."""
+def about(file: str | Path | None, line: int | None = None) -> Iterator[None]:
+    """What is raised within, and names no file, is said of `file`, and of a line of it."""
     try:
         yield
     except InputError as error:
         if error.file is not None:
             raise
         raise InputError(
-            error.problem, file=file, line=error.line, key=error.key, allowed=error.allowed
+            error.problem, file=file, line=error.line or line, key=error.key, allowed=error.allowed
         ) from None
 
 

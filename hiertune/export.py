@@ -363,6 +363,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         description = json.loads(_read(path))
+    except InputError:  # which is a ValueError, too
+        raise
     except ValueError as error:
         raise InputError(f"is no JSON: {error}", file=path) from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hiertune._programs import as_typed
 from hiertune.doctor.finding import Case, Finding, ok, probe, problem, warning
 from hiertune.doctor.machine import GIB, MIB, size
 from hiertune.errors import InputError
@@ -33,7 +35,6 @@ _NETWORK = (
 """File systems on which HDF5's locks fail or hang now and then."""
 _MOST_NAMED = 5
 _STALE_LOCK_S = 120.0
-_STOP_REQUEST = "stop-request"  # of `hiertune stop`
 
 
 def check_runs(case: Case) -> Iterator[Finding]:
@@ -98,7 +99,7 @@ def _leftovers(run: RunFolder) -> Iterator[Finding]:
             "leftovers",
             f"{name}: {missing:,} of {state.total:,} points are not delivered",
             why,
-            f"hiertune track sync {run.root}",
+            f"{as_typed('hiertune')} track sync {shlex.quote(str(run.root))}",
         )
     if not alive and run.ledger.exists() and not run.summary.exists():
         why = "its finished trials are kept, and it has no winner yet"
@@ -109,13 +110,11 @@ def _leftovers(run: RunFolder) -> Iterator[Finding]:
         if age > _STALE_LOCK_S and not alive:
             why = "opening the ledger waits until the lock is taken to be dead"
             yield warning(
-                "leftovers", f"{name}: {lock.name} is {age / 60:.0f} minutes old", why, f"rm {lock}"
+                "leftovers",
+                f"{name}: {lock.name} is {age / 60:.0f} minutes old",
+                why,
+                f"rm {shlex.quote(str(lock))}",
             )
-    if (run.root / _STOP_REQUEST).exists() and not alive:
-        why = "the search would end again as soon as it is resumed"
-        yield warning(
-            "leftovers", f"{name}: a request to stop was not taken", why, f"rm {run.root / _STOP_REQUEST}"
-        )
 
 
 def _runs_now(folder: Path) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-import os
+import http.client
 import re
+import shlex
 import socket
 import stat
 import urllib.error
@@ -13,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from hiertune._database import display_ledger
 from hiertune.doctor.finding import Case, Finding, ok, probe, problem, warning
 from hiertune.errors import InputError
+from hiertune.storage import check_address, shown_address
 from hiertune.tracking import check_uri, display_uri, resolve_uri
 
 SERVER_SECONDS = 4.0
@@ -66,7 +69,7 @@ def _token_file(path: Path, needed: bool) -> Finding:
         return problem(name, f"{path} is empty", why, f"remove {path}; Ray makes a new one")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         why = "whoever can read it can run code in your searches"
-        return warning(name, f"{path} can be read by others", why, f"chmod 600 {path}")
+        return warning(name, f"{path} can be read by others", why, f"chmod 600 {shlex.quote(str(path))}")
     return ok(name, f"{path}, readable by you alone")
 
 
@@ -159,7 +162,7 @@ def _server(uri: str, environment: Mapping[str, str]) -> Finding:
     except TimeoutError:
         what = f"{shown} takes more than {SERVER_SECONDS:g} s to answer"
         return warning("mlflow", what, why, "look at the server's load and log")
-    except (OSError, ValueError) as error:  # URLError is an OSError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             what = f"{shown} takes more than {SERVER_SECONDS:g} s to answer"
@@ -198,7 +201,7 @@ def _get(uri: str, path: str, environment: Mapping[str, str]) -> str:
 def check_ledger(case: Case) -> Iterator[Finding]:
     given = None if case.config is None else case.config.ledger
     uri = given or case.environment.get("HIERTUNE_LEDGER")
-    if uri is None:
+    if not uri:
         yield ok("ledger", "a journal file in the run folder")
     elif given and urlsplit(given).password:
         why = "whoever gets the space file gets the password"
@@ -210,10 +213,15 @@ def check_ledger(case: Case) -> Iterator[Finding]:
 def _database(check: str, uri: str) -> Finding:
     import sqlalchemy
 
-    why, shown = "a search keeps its record there", display_uri(uri)
+    why, shown = "a search keeps its record there", display_ledger(uri)
     advice = "correct the address, start the database, or set its password in the environment"
     try:
         url = sqlalchemy.make_url(uri)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # not shown: it may hold a password
+        return problem(
+            check, "is not the address of a database", why, "DATABASE+DRIVER://USER@HOST:PORT/NAME"
+        )
+    try:
         options = {"connect_timeout": round(SERVER_SECONDS)} if url.get_backend_name() == "postgresql" else {}
         lite = url.get_backend_name() == "sqlite"
         if lite and url.database and not Path(url.database).exists():
@@ -232,27 +240,27 @@ def _database(check: str, uri: str) -> Finding:
 
 def check_storage(case: Case) -> Iterator[Finding]:
     """Looks at the folder; writes nothing to it unless it is on this machine (see `writable`)."""
-    uri = (case.config.storage if case.config else None) or case.environment.get("HIERTUNE_STORAGE")
-    if uri is None:
+    given = None if case.config is None else case.config.storage
+    uri = given or case.environment.get("HIERTUNE_STORAGE")
+    if not uri:
         yield ok("storage", "the run folder")
         return
-    parts = urlsplit(uri)
-    if parts.password or (
-        parts.scheme == "s3" and ("secret_key" in parts.query or "access_key" in parts.query)
-    ):
-        why = "whoever gets the address gets the key"
-        advice = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the system's own credentials"
-        yield problem("storage", "a key stands in the address", why, advice)
+    from hiertune.doctor.files import writable
+
+    if "://" not in uri:
+        start = case.space.parent if given and case.space else Path()  # a path starts where its file is
+        yield writable("storage", start / Path(uri).expanduser())
+        return
+    try:
+        check_address(uri)
+    except InputError as error:
+        why = "checkpoints, outputs and the model are to be kept there"
+        yield problem("storage", error.problem, why, error.allowed or "another address")
         return
     from pyarrow import fs
 
-    from hiertune.doctor.files import writable
-
     try:
-        if "://" not in uri:
-            filesystem, path = fs.LocalFileSystem(), os.path.abspath(uri)
-        else:
-            filesystem, path = fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri)
         if isinstance(filesystem, fs.LocalFileSystem):
             yield writable("storage", Path(path))
             return
@@ -264,13 +272,13 @@ def check_storage(case: Case) -> Iterator[Finding]:
     if all(info.type == fs.FileType.NotFound for info in found):
         yield _no_storage(uri, f"there is no {bucket!r}")
     else:
-        yield ok("storage", f"{uri} can be read; writing was not tried")
+        yield ok("storage", f"{shown_address(uri)} can be read; writing was not tried")
 
 
 def _no_storage(uri: str, said: str) -> Finding:
     why = "checkpoints, outputs and the model are to be kept there"
     advice = "correct the address, make the bucket, or set the credentials in the environment"
-    return problem("storage", f"{uri}: {said}", why, advice)
+    return problem("storage", f"{shown_address(uri)}: {said}", why, advice)
 
 
 def without_secret(text: str, uri: str) -> str:

@@ -54,12 +54,12 @@ ENVIRONMENT = {
 
 
 class Unreachable(Exception):
-    """RAY_ADDRESS names a cluster that can't be joined."""
+    """RAY_ADDRESS names a cluster that can't be joined; or Ray does not start on this machine."""
 
 
 def own_ray() -> bool:
     """Whether a search starts Ray itself, on this machine. `ray job submit` sets RAY_ADDRESS."""
-    return "RAY_ADDRESS" not in os.environ
+    return not os.environ.get("RAY_ADDRESS")  # Ray takes an empty one for none, too
 
 
 def connect(patience_s: float = 0.0) -> None:
@@ -68,7 +68,7 @@ def connect(patience_s: float = 0.0) -> None:
     A closing terminal sends SIGHUP to all processes in it. This one handles it; Ray's, which inherit the
     mask, must live on until the epochs are over. (Of Ctrl-C Ray takes care.)
 
-    Raises Unreachable if there is no such cluster for `patience_s`.
+    Raises Unreachable if there is no such cluster for `patience_s`, or Ray does not start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -90,12 +90,17 @@ def _connect(patience_s: float) -> None:
     interfaces = {name: os.environ.get(name, value) for name, value in _LOOPBACK_ONLY.items()}
     with _on_loopback():
         protect_token()
-        ray.init(
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",  # by itself it would join what somebody has begun here by `ray start`
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                runtime_env={"env_vars": {"PYTHONPATH": path, **interfaces}},
+                **quiet,
+            )
+        except Exception as error:  # Ray raises what its many parts do: a full disk, a long path, a limit
+            advice = "`hiertune doctor --start-ray` looks for the cause"
+            raise Unreachable(f"Ray does not start on this machine: {error}; {advice}") from error
 
 
 _NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -109,7 +114,7 @@ _LOOPBACK_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys
 
 def is_local() -> bool:
     """Whether Ray is, or would be, started here for this machine alone."""
-    return "RAY_ADDRESS" not in os.environ and os.environ.get(_NO_CLUSTER, "0") in ("0", "false")
+    return own_ray() and os.environ.get(_NO_CLUSTER, "0") in ("0", "false")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from hiertune._text import visible
 from hiertune.config import TrialConfig
 from hiertune.search.budget import Ending
 from hiertune.search.ledger import Mode, TrialRecord
@@ -18,6 +19,11 @@ from hiertune.search.ledger import Mode, TrialRecord
 _MARKS = {"completed": "[green]✔[/]", "pruned": "[yellow]◦[/]", "failed": "[red]✘[/]"}
 _MOST_SHOWN = 20
 """Running trials with a line of their own: to draw a thousand takes the time of a hundred epochs' reports."""
+
+
+def redraws(console: Console) -> bool:
+    """Whether what was printed can be drawn over; in a file it can't, nor where TERM is `dumb`."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class Display:
@@ -47,18 +53,18 @@ class Display:
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal:
+        if redraws(self._console):
             self._live.start()
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if self._console.is_terminal:
+        if redraws(self._console):
             self._live.stop()
 
     def say(self, status: str) -> None:
         """What goes on, where no trial shows it."""
         self._status = status
-        if not self._console.is_terminal:
+        if not redraws(self._console):
             self._console.print(f"[dim]{escape(status)}[/]", highlight=False)
 
     def note(self, text: str) -> None:
@@ -68,7 +74,7 @@ class Display:
     def stopping(self, ending: Ending | None) -> None:
         """Why it is going to end: by `ending`, or by the user's wish. Called from another thread."""
         self._notice = self._stopping(ending)
-        if not self._console.is_terminal:
+        if not redraws(self._console):
             self.note(self._notice)
 
     def _stopping(self, ending: Ending | None) -> str:
@@ -99,12 +105,13 @@ class Display:
         self._count(record)
         best = self._best is not None and self._best.number == record.number
         value = "" if record.value is None else f"{record.value:.4f}"
+        reason = escape(visible(record.reason or ""))
         line = (
             f"{_MARKS[record.state]} trial {record.number:>3}  {value:<7} "
             f"{record.epochs:>3} epochs {record.seconds:6.1f} s  "
-            f"{'[bold green]best so far[/]' if best else ''}{escape(record.reason or '')}{_survived(record)}"
+            f"{'[bold green]best so far[/]' if best else ''}{reason}{_survived(record)}"
         )
-        if self._console.is_terminal:
+        if redraws(self._console):
             self._last = [*self._last, line][-6:]
         else:
             self._console.print(line, highlight=False)
@@ -156,4 +163,4 @@ def _survived(record: TrialRecord) -> str:
     if not record.incidents:
         return ""
     times = "" if record.attempts == 2 else f"{record.attempts - 1} times, last "
-    return f" [dim](went on: {times}{escape(record.incidents[-1]['reason'])})[/]"
+    return f" [dim](went on: {times}{escape(visible(record.incidents[-1]['reason']))})[/]"

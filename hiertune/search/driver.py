@@ -25,7 +25,7 @@ from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape
 from hiertune.search.credentials import kept_from_ray
 from hiertune.search.decoding import Choice, choose_rule
-from hiertune.search.display import Display
+from hiertune.search.display import Display, redraws
 from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, LedgerLost, TrialRecord
@@ -185,7 +185,7 @@ def _mirrored(folder: RunFolder, console: Console, interruption: Interruption) -
     def say(text: str) -> None:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.make()
     try:
         mirror = Mirror(folder, say)
     except OSError as error:
@@ -223,7 +223,7 @@ def _deliver(tracker: Tracker, interruption: Interruption, console: Console) -> 
         return tracker.close(_LAST_POINTS_S, hurry=True)
     status = tracker.status()
     waiting = f"{delivery_line(status)}; Ctrl-C ends the waiting, and loses nothing"
-    if status.since is not None and not console.is_terminal:
+    if status.since is not None and not redraws(console):
         console.print(escape(waiting), highlight=False, soft_wrap=True)
     try:
         with interruption.skippable(), console.status(escape(waiting)):

@@ -82,8 +82,7 @@ class Interruption:
     def watching(self, request: Path) -> Iterator[None]:
         """Within, the file `request` works as a signal; with the text `now` in it as a second one.
 
-        One from before counts too: the search was being opened. (`FolderLock` removes an earlier one's.) An
-        answered one is removed.
+        An answered request is removed; one from before the search had its folder `FolderLock` removes.
         """
         left = threading.Event()
         threading.Thread(target=self._watch, args=(request, left), daemon=True).start()

@@ -20,11 +20,11 @@ _MOST = 1000
 
 
 def examine() -> Iterator[Finding]:
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or None
     try:
         cluster.connect()
-    except (RayError, OSError, RuntimeError, ValueError, ConnectionError) as error:
-        text = " ".join(str(error).split())[:300]
+    except (cluster.Unreachable, RayError, OSError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error.__cause__ or error).split())[:300]
         if address is None:
             advice = "see the logs under /tmp/ray/session_latest/logs"
             yield problem("ray", f"does not start: {text}", "every search runs in Ray", advice)

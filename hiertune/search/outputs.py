@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -92,6 +93,21 @@ class RunFolder:
             if file != logits:
                 file.unlink(missing_ok=True)
 
+    def require_writable(self) -> None:
+        """InputError where no search can be kept: below a file, or where nothing may be written."""
+        existing = next(path for path in (self.root, *self.root.parents) if os.path.exists(path))
+        if not existing.is_dir():
+            raise _no_place(existing, "is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise _no_place(existing, "can't be written")
+
+    def make(self) -> None:
+        """Make the folder; InputError where that can't be."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_place(self.root, f"can't be made: {error.strerror}") from None
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
         there: Path | Folder | None = self.root if self.root.exists() else None
@@ -125,6 +141,10 @@ class RunFolder:
         return self.root.exists() and not self.begun and not self.curves.exists()
 
 
+def _no_place(path: Path, problem: str) -> InputError:
+    return InputError(problem, file=path, key="--runs", allowed="a folder that this user may write to")
+
+
 def state_of(record: TrialRecord) -> str:
     """A trial that runs while the search does not was interrupted."""
     return "interrupted" if record.state == "running" else record.state
@@ -152,5 +172,5 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # paths may be no UTF-8
     temporary.replace(path)

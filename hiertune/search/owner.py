@@ -92,7 +92,8 @@ class FolderLock:
             raise in_use(str(self._root), self._read()) from None
         except OSError as error:
             raise InputError(f"can't be locked: {error.strerror}", file=self._root) from None
-        self._request.unlink(missing_ok=True)  # it was made to an earlier process
+        # One from before is not for this process. From here on one is, however long the ledger takes to open.
+        self._request.unlink(missing_ok=True)
         self._holder.write_text(json.dumps(asdict(Process.this())) + "\n", encoding="utf-8")
         return self
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hiertune._database import Place, check_reachable, ledger_url, place_of
 from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
-from hiertune.errors import InputError
+from hiertune.errors import InputError, about
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
 from hiertune.search.mirror import bring_back
 from hiertune.search.outputs import RunFolder
@@ -91,6 +91,7 @@ def plan_search(
     if time_budget is not None:
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
+    folder.require_writable()
     if resume is False:
         folder.require_new()
     folder = RunFolder(folder.root, _storage(space, config, folder.root))
@@ -98,11 +99,13 @@ def plan_search(
         bring_back(folder)
     if resume is None:
         resume = folder.begun or folder.is_bare
-    ledger = _ledger_of(config, folder, resume, file)
+    ledger = _ledger_of(space, config, folder, resume)
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
-        check_uri(uri)
-    if "RAY_ADDRESS" not in os.environ:
+        line = space.line_of("tracking.uri")
+        with about(space.file, line) if config.tracking.uri else about("MLFLOW_TRACKING_URI"):
+            check_uri(uri)
+    if not os.environ.get("RAY_ADDRESS"):
         nodes = local_nodes()
         groups_that_fit(GroupShape.of(config.search, nodes), nodes, file=str(file))
     data = _open_data(space, file.parent)
@@ -145,7 +148,7 @@ def _renamed(config: SearchConfig, name: str) -> SearchConfig:
     try:
         return SearchConfig.model_validate({**config.model_dump(), "name": name})
     except ValidationError as error:
-        raise InputError(f"--name {name!r}: {error.errors()[0]['msg']}") from None
+        raise InputError(f"--name {name!r}: {_message(error)}") from None
 
 
 def _with_time_budget(config: SearchConfig, text: str) -> SearchConfig:
@@ -158,8 +161,11 @@ def _with_time_budget(config: SearchConfig, text: str) -> SearchConfig:
         section = {**config.search.model_dump(), "time_budget": seconds}
         return config.model_copy(update={"search": SearchSection.model_validate(section)})
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"--time-budget {text!r}: {message}") from None
+        raise InputError(f"--time-budget {text!r}: {_message(error)}") from None
+
+
+def _message(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
@@ -179,7 +185,7 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
     return first
 
 
-def _ledger_of(config: SearchConfig, folder: RunFolder, resume: bool, file: Path) -> Place:
+def _ledger_of(space: Space, config: SearchConfig, folder: RunFolder, resume: bool) -> Place:
     """Where the search's record is or will be; a database has answered by then."""
     try:
         url = ledger_url(config.ledger)
@@ -193,5 +199,8 @@ def _ledger_of(config: SearchConfig, folder: RunFolder, resume: bool, file: Path
     except InputError as error:
         if error.key != "ledger" or error.file is not None:
             raise
-        raise InputError(error.problem, file=file, key=error.key, allowed=error.allowed) from None
+        where: dict[str, Any] = {"file": space.file, "line": space.line_of("ledger")}
+        if config.ledger is None:
+            where = {"file": "HIERTUNE_LEDGER"}
+        raise InputError(error.problem, key=error.key, allowed=error.allowed, **where) from None
     return place

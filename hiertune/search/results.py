@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiertune._programs import as_typed
+from hiertune._text import visible
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import count_states
@@ -144,7 +145,7 @@ def next_commands(plan: SearchPlan, summary: dict[str, Any], decode: bool = Fals
 def extension(plan: SearchPlan, ending: Ending) -> str:
     """What to type for twice of what ended the search."""
     if ending.by == "trials":
-        return resume_command(plan, trials=str(2 * plan.trials))
+        return resume_command(plan, trials=f"{2 * ending.limit:.0f}")
     if ending.by == "time_budget":
         return resume_command(plan, **{"time-budget": as_duration(2 * ending.limit)})
     return f"{resume_command(plan)}  # after raising search.{ending.by} in {plan.space.file}"
@@ -152,7 +153,12 @@ def extension(plan: SearchPlan, ending: Ending) -> str:
 
 def _ending_of(plan: SearchPlan, summary: dict[str, Any]) -> Ending:
     ended = summary.get("ended", {"by": "trials", "reason": "", "limit": plan.trials})  # older ones have none
-    return Ending(ended["by"], ended["reason"], ended["limit"])
+    limit = ended["limit"]
+    if ended["by"] == "trials":  # `--trials` may be less than there are
+        open_or_left = ("interrupted", "outside")
+        counts = [count for state, count in summary["trials"].items() if state not in open_or_left]
+        limit = max(limit, sum(counts))
+    return Ending(ended["by"], ended["reason"], limit)
 
 
 def resume_command(plan: SearchPlan, **instead: str) -> str:
@@ -213,7 +219,7 @@ def leaderboard(records: list[TrialRecord], metric: str, mode: Mode) -> Table:
 def test_table(rows: dict[str, dict[str, float]], levels: tuple[str, ...]) -> Table:
     """The winner beside its controls on the test split; one row per metric."""
     table = Table(title="On the test split, read once", title_justify="left", show_edge=False)
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)  # rather fold the headings of a narrow terminal
     for label in rows:
         table.add_column(escape(label.replace("_", " ")), justify="right")
     metrics = [f"accuracy_seen/{levels[-1]}", *(f"accuracy/{level}" for level in reversed(levels))]
@@ -246,13 +252,14 @@ def _short(name: str, others: list[str]) -> str:
 
 def print_plan(console: Console, plan: SearchPlan) -> None:
     """What a search would do: its parameters and the first question of every user, how many there are."""
-    table = Table(title=f"The space of {plan.space.file}", title_justify="left", show_edge=False)
+    title = escape(visible(f"The space of {plan.space.file}"))
+    table = Table(title=title, title_justify="left", show_edge=False)
     for heading in ("parameter", "distribution", "only when", "line"):
         table.add_column(heading, overflow="fold")
     for parameter in plan.space.parameters:
         table.add_row(
             *map(
-                escape,
+                lambda cell: escape(visible(cell)),
                 (parameter.name, str(parameter.distribution), parameter.condition, str(parameter.line)),
             )
         )

@@ -60,7 +60,7 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
             the data are not what the search was begun with.
     """
     resume = plan.resume and not plan.folder.is_bare
-    plan.folder.root.mkdir(parents=True, exist_ok=True)
+    plan.folder.make()
     with FolderLock(plan.folder):
         ledger = Ledger.open(
             plan.ledger,

@@ -35,9 +35,13 @@ def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
         allowed = ", ".join(begun) or "a search that was begun; `--runs` names another folder"
         raise InputError(f"there is no search {name!r} in {runs}", key="NAME", allowed=allowed)
     folder = RunFolder(runs.resolve() / name)
-    if not _runs(folder):
-        raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
-    replace_text(folder.request, NOW if now else STOP)
+    try:
+        if not _runs(folder):
+            raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
+        replace_text(folder.request, NOW if now else STOP)
+    except OSError as error:
+        allowed = "stop it as a user, and on a machine, that may write there"
+        raise InputError(f"can't be asked: {error.strerror}", file=folder.root, allowed=allowed) from None
     waiting = "stopping" if now else "asked; the current epochs end first (Ctrl-C here ends only the waiting)"
     try:
         with console.status(waiting):
@@ -75,15 +79,15 @@ def _outcome(folder: RunFolder) -> str:
 def _states(trials: Path) -> Counter[str]:
     if not trials.exists():
         return Counter()
-    with trials.open(encoding="utf-8", newline="") as file:
-        return Counter(row["state"] for row in csv.DictReader(file))
+    with trials.open(encoding="utf-8", errors="replace", newline="") as file:
+        return Counter(row["state"] for row in csv.DictReader(file) if row.get("state"))
 
 
 def _command(folder: RunFolder) -> str:
     """Without the folder that it is typed in, where that is this one."""
     if not folder.resume.exists():  # of a search that was begun before there were any
         return "hiertune search SPACE.yaml --resume"
-    command = folder.resume.read_text(encoding="utf-8").strip()
+    command = folder.resume.read_text(encoding="utf-8", errors="surrogateescape").strip()
     return command.removeprefix(f"cd {shlex.quote(os.getcwd())} && ")
 
 

@@ -149,7 +149,7 @@ def delivery(run_dir: Path) -> Delivery:
 
 def is_tracked(run_dir: Path) -> bool:
     """Whether a folder is one of a search that tracks."""
-    return (run_dir / SPOOL).is_file()
+    return os.path.isfile(run_dir / SPOOL)  # of any name; pathlib raises for one that is too long
 
 
 def summarise(run_dir: Path) -> Summary:

@@ -330,6 +330,9 @@ def sync(run_dir: Path, uri: str | None = None, patience: float = SYNC_PATIENCE)
     """
     run_dir = Path(run_dir).resolve()
     header = _header(run_dir)
+    if not os.access(run_dir, os.W_OK):
+        allowed = "a folder that this user may write to: how far delivery has got is noted there"
+        raise InputError("can't be written", file=run_dir, allowed=allowed)
     address = _address(run_dir, header, uri)
     if display_uri(address) != header["uri"] and at_work(run_dir):
         raise InputError(
@@ -354,6 +357,8 @@ def at_work(run_dir: Path) -> bool:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
+    except OSError:  # another user's folder, which can be looked at
+        return False
     lock.release()
     return False
 

@@ -27,7 +27,12 @@ def resolve_uri(uri: str | None, runs_dir: Path) -> str:
 
 def check_uri(uri: str) -> None:
     """Raise InputError for an address that MLflow 3 could never use. It need not be up."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port
+    except ValueError:  # not shown: where a password ends can't be told
+        allowed = "http://HOST:PORT; in a password '/', '@' and '[' are %2F, %40 and %5B"
+        raise InputError("is not an address", key="tracking.uri", allowed=allowed) from None
     database = sqlite_file(uri)
     if uri == "databricks" or parts.scheme in ("databricks", *_plugins()):
         return
@@ -63,7 +68,10 @@ def runs_page(uri: str) -> str:
 
 def display_uri(uri: str) -> str:
     """`uri` with `***` for its passwords."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return "***"  # whatever it is, it may hold one
     if parts.password is not None:
         login, _, host = parts.netloc.rpartition("@")
         uri = urlunsplit(parts._replace(netloc=f"{login.partition(':')[0]}:***@{host}"))

@@ -3,10 +3,10 @@
 #
 #   sbatch scripts/cluster/slurm.sh space.yaml [OPTIONS OF hiertune search]
 #
-# The same command again goes on with the search of that name; so does Slurm itself after a preemption or a time
-# limit (--requeue). Data, runs and .venv must be on a file system that every node sees. Secrets of the storage,
-# the ledger and MLflow are taken from the environment of `sbatch`, as are HIERTUNE_STORAGE, HIERTUNE_LEDGER and
-# MLFLOW_TRACKING_URI.
+# The same command again goes on with the search of that name, for example after the time limit; so does Slurm
+# itself after a preemption or the loss of a node (--requeue). Data, runs and .venv must be on a file system that
+# every node sees. Secrets of the storage, the ledger and MLflow are taken from the environment of `sbatch`, as are
+# HIERTUNE_STORAGE, HIERTUNE_LEDGER and MLFLOW_TRACKING_URI.
 #
 # CHANGE these lines:
 #SBATCH --job-name=hiertune

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from hiertune import Taxonomy
 from hiertune.cli import main
 from hiertune.data import write_dataset
+from hiertune.errors import InputError
+from hiertune.search.outputs import RunFolder
 from hiertune.search.plan import plan_search
 
 GOOD = """name: it
@@ -155,11 +158,72 @@ def test_a_broken_data_file_is_refused(folder, capsys, damage, expected):
 def test_other_commands_refuse_too(folder, capsys):
     assert "hiertune search" in refused(capsys, "train", "space.yaml")
     assert "there is no search to resume" in refused(capsys, "search", "space.yaml", "--resume")
-    assert "nowhere" in refused(capsys, "predict", "nowhere", "data.h5")
+    message = refused(capsys, "predict", "nowhere", "data.h5")
+    assert message.startswith("error: nowhere/model.json: can't be read (No such file or directory)")
     assert "nowhere" in refused(capsys, "report", "nowhere")
     assert "nowhere" in refused(capsys, "export", "nowhere", "out")
     assert "builtin:rrna16s" in refused(capsys, "data", "describe", "builtin:rna")
-    assert "name" in refused(capsys, "search", "space.yaml", "--name", "../above")
+    assert "'../above': must be letters" in refused(capsys, "search", "space.yaml", "--name", "../above")
+
+
+def test_a_runs_folder_that_can_not_be_one_is_refused(folder, capsys, monkeypatch):
+    (folder / "file").write_text("mine")
+    for arguments in (
+        ("--runs", "file"),
+        ("--runs", "file/below", "--resume"),
+        ("--runs", "file", "--dry-run"),
+    ):
+        message = refused(capsys, "search", "space.yaml", *arguments)
+        assert message.startswith(f"error: {folder / 'file'}: --runs: is a file\n  allowed: a folder")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "it").write_text("mine")
+    assert "--runs: is a file" in refused(capsys, "search", "space.yaml", "--resume")
+    with pytest.raises(InputError, match=r"no/it: --runs: can't be made: No such file"):
+        RunFolder(Path("/proc/no/it")).make()
+    may = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "--runs: can't be written" in refused(capsys, "search", "space.yaml", "--name", "other")
+
+
+def test_a_terminal_that_lacks_a_mark_ends_nothing(folder):
+    program = "from hiertune import cli\ncli.app = lambda args: print('\\u2714 trial 0')\ncli.main([])\n"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "? trial 0\n")
+
+
+def test_a_search_that_nobody_reads_any_more_goes_on(folder):
+    program = (
+        "import sys, time\n"
+        "from hiertune.cli import _Output\n"
+        "for number in range(3): _Output().print(number); time.sleep(0.2)\n"
+        "print('not seen', flush=True)\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "done\n")
+
+
+def test_an_address_that_is_refused_is_named_by_its_place(folder, capsys, monkeypatch):
+    """A line of the file, or the variable."""
+    for key, line in (
+        ("tracking", "tracking: {uri: 'ftp://h'}"),
+        ("ledger", "ledger: sqlite:////no/where/x.db"),
+    ):
+        (folder / "space.yaml").write_text(GOOD.replace("search:", f"{line}\nsearch:"))
+        assert refused(capsys, "search", "space.yaml").startswith(f"error: space.yaml:6: {key}")
+    (folder / "space.yaml").write_text(GOOD)
+    for name, value in (
+        ("MLFLOW_TRACKING_URI", "http://[h"),
+        ("HIERTUNE_LEDGER", "sqlite:////no/where/x.db"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert refused(capsys, "search", "space.yaml").startswith(f"error: {name}: ")
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +369,20 @@ def test_names_of_folders_and_classes_are_no_markup(folder, capsys):
     assert said == "the winner of [red]run is in [/]\n"
     assert r"no such file" in refused(capsys, "data", "describe", "[a]\x1b.h5")
     refused(capsys, "data", "describe", "caf\udce9.h5")
+
+
+def test_a_dry_run_shows_names_as_they_are(folder, capsys):
+    """A folder `a[` with a folder `b]` in it would be a closing tag."""
+    for name in ("x[red].yaml", "a[/b]/space.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(GOOD.replace("path: data.h5", f"path: {folder}/data.h5"))
+        assert f"The space of {name}" in done(capsys, "search", name, "--dry-run")
+    (folder / "\x1b]0;.h5").write_bytes((folder / "data.h5").read_bytes())
+    path = r'{choice: [data.h5, "\e]0;.h5"]}'
+    (folder / "space.yaml").write_text(GOOD.replace("path: data.h5", f"path: {path}"))
+    shown = done(capsys, "search", "space.yaml", "--dry-run")
+    assert "\x1b" not in shown
+    assert r"\x1b]0;.h5" in shown
 
 
 def test_the_inputs_are_not_read_into_memory_to_be_counted(folder, capsys, monkeypatch):

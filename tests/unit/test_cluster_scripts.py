@@ -5,14 +5,18 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 from hiertune.errors import InputError
 from hiertune.space import load_space
@@ -64,7 +68,7 @@ def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, mo
     monkeypatch.setenv("PGPASSWORD", "secret-1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-2")
     monkeypatch.delenv("HIERTUNE_LEDGER", raising=False)
-    options = Namespace(runs="/shared/my runs", name=None, trials=7, no_wait=True)
+    options = Namespace(runs="/shared/my runs", name=None, trials=7, time_budget="12h", no_wait=True)
     words = submit.command(write_space(tmp_path, "builtin:rrna16s"), options, "/packed")
     assert Path(words[0]).name == "ray"
     assert words[1:5] == ["job", "submit", "--working-dir", "/packed"]
@@ -73,11 +77,58 @@ def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, mo
         "MLFLOW_TRACKING_URI": "http://mlflow:5000",
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
     }
-    entry = " ".join(words[words.index("--") + 1 :])
+    entry = as_ray_runs_it(words, tmp_path)
     assert entry == (
-        "python -m hiertune search space.yaml --continue --runs '/shared/my runs' --name small --trials 7"
+        "python -m hiertune search space.yaml --continue --runs '/shared/my runs' --name small --trials 7 "
+        "--time-budget 12h"
     )
     assert "secret" not in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HIERTUNE_STORAGE", "s3://key:hidden@bucket/folder"),
+        ("HIERTUNE_LEDGER", "postgresql+psycopg://me:hidden@host/searches"),
+        ("MLFLOW_TRACKING_URI", "http://me:hidden@mlflow:5000"),
+    ],
+)
+def test_an_address_with_a_password_is_not_shown_to_the_whole_cluster(
+    submit, tmp_path, monkeypatch, name, value
+):
+    options = Namespace(runs="/runs", name=None, trials=None, time_budget=None, no_wait=True)
+    space = write_space(tmp_path, "builtin:rrna16s")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"^{name}: .*holds a password") as refused:
+        submit.command(space, options, "/packed")
+    assert "hidden" not in str(refused.value)
+    monkeypatch.setenv(name, value.replace("me:hidden@", "me@").replace("key:hidden@", ""))
+    submit.command(space, options, "/packed")
+
+
+def as_ray_runs_it(words, folder):
+    """The shell command that the installed Ray makes of `ray job submit WORDS`."""
+    cli = pytest.importorskip("ray.dashboard.modules.job.cli")
+    arguments = [str(folder) if word == "/packed" else word for word in words[2:]]
+    with mock.patch.object(cli, "_get_sdk_client") as client:
+        CliRunner().invoke(cli.job_cli_group, arguments)
+    return client.return_value.submit_job.call_args.kwargs["entrypoint"]
+
+
+def test_weights_beside_the_space_travel_too(submit, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "space.yaml").write_text(
+        "name: small\ndata: {path: /data.h5}\n"
+        "model: {backbone: {choice: [{kind: timm, name: resnet18, weights: w.pth}, {kind: mlp}]}}\n"
+    )
+    space = load_space(here / "space.yaml")
+    with pytest.raises(InputError, match=r"model.backbone.weights: w.pth does not travel with the job"):
+        submit.pack(space, there)
+    (here / "w.pth").write_bytes(b"weights")
+    submit.pack(space, tmp_path / "other")
+    assert (tmp_path / "other" / "w.pth").read_bytes() == b"weights"
 
 
 def test_the_launchers_config_is_one():
@@ -96,14 +147,19 @@ def test_the_launchers_config_is_one():
 def test_the_cluster_installs_what_hiertune_needs():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["vision"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["vision"], *extras["postgresql"]]
     install = next(
         line
         for line in yaml.safe_load((FOLDER / "cluster.yaml").read_text())["setup_commands"]
         if line.startswith("pip install")
     )
-    names = {re.split("[<>=]", word.strip('"'))[0] for word in install.split()[2:]}
-    assert names == {re.split("[<>=]", each)[0] for each in needed}
+    wanted = {need.name: need for need in map(Requirement, needed)}
+    found = {need.name: need for need in map(Requirement, shlex.split(install)[2:])}
+    assert found.keys() == wanted.keys()
+    for name in wanted.keys() - {"ray"}:  # which is written shorter
+        assert found[name].extras == wanted[name].extras
+        assert found[name].specifier == wanted[name].specifier, name
 
 
 def test_the_rayjob_has_what_kuberay_requires():

@@ -153,10 +153,10 @@ def test_what_is_no_ledger_of_optuna_is_said(tmp_path):
 def test_a_plan_says_what_is_wrong_with_its_ledger(tmp_path, monkeypatch):
     file = tmp_path / "space.yaml"
     file.write_text(SPACE + "ledger: postgresql+psycopg://me:s3cret@db/x\n")
-    with pytest.raises(InputError, match=r"space\.yaml: ledger: .* holds a password"):
+    with pytest.raises(InputError, match=r"space\.yaml:\d+: ledger: .* holds a password"):
         plan_search(file, tmp_path / "runs")
     file.write_text(SPACE + f"ledger: sqlite:///{tmp_path}/nowhere/x.db\n")
-    with pytest.raises(InputError, match=r"space\.yaml: ledger: .* can't be used: unable to open"):
+    with pytest.raises(InputError, match=r"space\.yaml:\d+: ledger: .* can't be used: unable to open"):
         plan_search(file, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     file.write_text(SPACE + f"ledger: sqlite:///{tmp_path}/x.db\n")

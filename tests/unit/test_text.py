@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiertune._text import check_storable, is_storable, visible
+from hiertune._text import check_storable, is_storable, visible, without_passwords
 from hiertune.errors import InputError
 
 ANY = st.text(st.characters(codec=None), max_size=8)  # halves of surrogate pairs, too
@@ -57,3 +57,17 @@ def test_what_cannot_be_shown_is_written_out(text, shown):
 def test_anything_can_be_shown(text):
     assert not set(visible(text)) & {chr(i) for i in (*range(32), *range(127, 160))}
     visible(text).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("# postgresql://me:hush@host/db", "# postgresql://me:***@host/db"),
+        ("uri: http://me:h@sh@host", "uri: http://me:***@host"),
+        ("'postgresql://me@host/db?a=b&password=hush&c=d'", "'postgresql://me@host/db?a=b&password=***&c=d'"),
+        ("postgresql://host/db?sslpassword=hush # mine", "postgresql://host/db?sslpassword=*** # mine"),
+        ("http://host:5000/a:b@c and password=kept", "http://host:5000/a:b@c and password=kept"),
+    ],
+)
+def test_passwords_of_addresses_are_left_out(text, shown):
+    assert without_passwords(text) == shown

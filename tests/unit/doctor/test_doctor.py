@@ -6,12 +6,14 @@ import io
 import json
 import os
 import resource
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -380,6 +382,20 @@ def test_mlflow_servers(tmp_path, monkeypatch):
         assert "can't be reached" in mlflow(tmp_path, uri).what
 
 
+def test_a_server_that_does_not_speak_http(tmp_path):
+    def answer(listener):
+        connection, _ = listener.accept()
+        connection.recv(1000)
+        connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        found = mlflow(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert found.status == "warning"
+    assert "can't be reached: SSH-2.0" in found.what
+
+
 def test_mlflow_login(tmp_path):
     with serve(login="Basic bWU6czNjcmV0") as host:
         refused = mlflow(tmp_path, f"http://{host}")
@@ -410,6 +426,14 @@ def test_ledger(tmp_path):
     assert gone.what.startswith("postgresql+psycopg://me:***@127.0.0.1:1/db can't be used")
     assert "hush" not in repr(gone)
     assert look("no address").status == "problem"
+    assert look(HIERTUNE_LEDGER="").status == "ok", "as if it were not set"
+    for typo in ("postgresql//me:hush@host/db", "postgresql+psycopg://me:hush@host:port/db"):
+        found = look(HIERTUNE_LEDGER=typo)
+        assert (found.status, found.what) == ("problem", "is not the address of a database")
+        assert "hush" not in repr(found)
+    queried = look(HIERTUNE_LEDGER="postgresql+psycopg://me@127.0.0.1:1/db?password=hush")
+    assert queried.status == "problem"
+    assert "hush" not in repr(queried)
 
 
 def test_storage(tmp_path):
@@ -422,9 +446,20 @@ def test_storage(tmp_path):
     (tmp_path / "file").write_text("")
     assert look(str(tmp_path / "file" / "x")).what == f"{tmp_path / 'file'} is a file"
     assert look("nosuch://bucket/x").status == "problem"
-    found = look("s3://key:hush@bucket/x")
-    assert found.what == "a key stands in the address"
-    assert "hush" not in repr(found)
+    for address in ("s3://key:hush@bucket/x", "s3://bucket/x?session_token=hush"):
+        found = look(address)
+        assert found.what.endswith("credentials must not stand in an address")
+        assert "AWS_SECRET_ACCESS_KEY" in found.advice
+        assert "hush" not in repr(found)
+    assert look("").what == "the run folder"
+
+
+def test_a_storage_s_path_starts_where_the_space_is(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    space = tmp_path / "spaces" / "space.yaml"
+    found = only(services.check_storage(case(tmp_path, {"storage": "kept"}, space)))
+    assert found.what.startswith(f"{tmp_path / 'spaces' / 'kept'} has ")
 
 
 # --------------------------------------------------------------------------- runs and leftovers
@@ -471,13 +506,27 @@ def test_leftovers(tmp_path):
     lock = dead / "ledger.log.lock"
     lock.write_text("")
     os.utime(lock, (0, 0))
-    (dead / "stop-request").write_text("")
+    (dead / "stop-request").write_text("")  # which the search removes when it is resumed
     found = said()
-    assert [what.split(":")[0] for _, what in found] == ["dead"] * 4
+    assert [what.split(":")[0] for _, what in found] == ["dead"] * 3
     assert found[0] == ("warning", "dead: 2 of 2 points are not delivered")
     assert found[1] == ("warning", "dead: was broken off")
     assert found[2][1].startswith("dead: ledger.log.lock is")
-    assert found[3] == ("warning", "dead: a request to stop was not taken")
+
+
+def test_what_is_advised_can_be_typed(tmp_path):
+    runs = tmp_path / "my runs"
+    dead = leave(runs, "it")
+    (dead / SPOOL).write_bytes(spool("log", pid=dead_pid()))
+    (dead / "ledger.log.lock").write_text("")
+    os.utime(dead / "ledger.log.lock", (0, 0))
+    delivery, _, lock = files.check_leftovers(replace(case(tmp_path), runs=runs))
+    assert shlex.split(delivery.advice)[1:] == ["track", "sync", str(dead)]
+    assert shlex.split(lock.advice) == ["rm", str(dead / "ledger.log.lock")]
+    (tmp_path / "my token").write_text("token")
+    (tmp_path / "my token").chmod(0o644)
+    token = only(services.check_token(case(tmp_path, RAY_AUTH_TOKEN_PATH=str(tmp_path / "my token"))))
+    assert shlex.split(token.advice) == ["chmod", "600", str(tmp_path / "my token")]
 
 
 def test_runs_folder_that_is_a_file_or_read_only(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray._private import ray_constants
 
-from hiertune.search import cluster
+from hiertune.search import cluster, look
 
 
 @pytest.fixture
@@ -74,3 +74,37 @@ def test_ray_is_not_taken_down_under_a_thread_that_calls_it(monkeypatch):
     cluster.disconnect()
     assert not cluster.is_in_use()
     assert taken_down == [True]
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_without_an_address_ray_is_started_here_whoever_has_begun_one_on_this_machine(
+    home, monkeypatch, given
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    asked = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: asked.update(options))
+    for name in cluster.ENVIRONMENT:
+        monkeypatch.setenv(name, cluster.ENVIRONMENT[name])
+    cluster.connect()
+    assert cluster.own_ray()
+    assert cluster.is_local()
+    assert asked["address"] == "local", "else Ray joins the one that `ray start` has noted under /tmp/ray"
+    assert asked["include_dashboard"] is False
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(home, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
+    for name in cluster.ENVIRONMENT:
+        monkeypatch.setenv(name, cluster.ENVIRONMENT[name])
+
+    def fail(**options):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/nowhere")
+
+    monkeypatch.setattr(cluster.ray, "init", fail)
+    with pytest.raises(cluster.Unreachable, match=r"does not start on this machine: .*nowhere.*--start-ray"):
+        cluster.connect()
+    (found,) = look.examine()
+    assert found.status == "problem"
+    assert found.what == "does not start: [Errno 2] No such file or directory: '/proc/nowhere'"

@@ -40,3 +40,24 @@ def test_the_table_of_trials_has_attempts_and_fault(tmp_path):
         "0,completed,,,2,0,0.0,0.5",
         "1,failed,killed,crashed,1,0,0.0,",
     ]
+
+
+def test_a_dumb_terminal_gets_a_line_per_trial(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=True)
+    assert console.is_terminal
+    with Display(console, 1, "val/loss", "min", lambda: "") as display:
+        display.trial_ended(TrialRecord(0, "completed", {}, 0.5, epochs=3, seconds=1.5))
+        assert "trial   0  0.5000" in out.getvalue()
+
+
+def test_what_a_terminal_would_obey_is_written_out():
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200), 3, "val/loss", "min", lambda: "")
+    display.trial_ended(TrialRecord(0, "failed", {}, None, "no class \x1b]0;x", incidents=[]))
+    told = KILLED | {"reason": "worker \x1b[2J"}
+    display.trial_ended(TrialRecord(1, "completed", {}, 0.5, incidents=[told]))
+    assert "\x1b" not in out.getvalue()
+    assert r"no class \x1b]0;x" in out.getvalue()
+    assert r"worker \x1b[2J" in out.getvalue()

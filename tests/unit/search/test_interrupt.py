@@ -130,7 +130,7 @@ def test_now_needs_no_first_request(tmp_path):
         wait_until(lambda: request.write_text(NOW) == 0)
 
 
-def test_a_request_that_was_made_while_the_search_was_being_opened_counts(tmp_path):
+def test_a_request_is_heard_that_came_while_the_ledger_was_opened(tmp_path):
     request = tmp_path / "stop"
     request.write_text(STOP)
     with Interruption() as interruption, interruption.watching(request), interruption.finishing():

@@ -57,11 +57,15 @@ def test_a_folder_is_one_process_at_a_time_until_that_is_killed(tmp_path, other)
     assert not (tmp_path / "search.owner").exists()
 
 
-def test_what_was_asked_of_an_earlier_process_is_not_asked_of_this_one(tmp_path):
+def test_a_request_to_stop_from_before_is_not_for_the_process_that_takes_the_folder(tmp_path):
     folder = RunFolder(tmp_path)
     folder.request.write_text("stop")
     with FolderLock(folder):
         assert not folder.request.exists()
+        folder.request.write_text("stop")  # this one is
+        with pytest.raises(InputError, match="being run by"), FolderLock(folder):
+            pass
+        assert folder.request.exists(), "nor is it another's to remove"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

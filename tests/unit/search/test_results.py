@@ -1,11 +1,13 @@
 """What is printed at the end can be typed."""
 
+import io
 import json
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from hiertune.search import results
 from hiertune.search.budget import Ending
@@ -68,6 +70,19 @@ def test_the_command_that_extends(tmp_path, monkeypatch, ending, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "as_typed", lambda name: name)
     assert results.extension(plan(tmp_path), ending) == command
+
+
+def test_a_search_that_has_more_trials_than_were_asked_for_is_extended_beyond_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "as_typed", lambda name: name)
+    asked = plan(tmp_path, trials="2")
+    asked.trials, asked.tracking_uri = 2, "http://mlflow"
+    summary = {
+        "trials": {"completed": 9, "pruned": 3, "outside": 7},
+        "ended": {"by": "trials", "reason": "", "limit": 2},
+    }
+    command = results.next_commands(asked, summary)["Extend the search"]
+    assert command == "hiertune search 'my space.yaml' --resume --trials 24"
 
 
 ENDED = [
@@ -169,3 +184,17 @@ def test_what_the_terminal_says_of_an_outage(tmp_path, monkeypatch):
     assert elsewhere.endswith("; `hiertune track sync it --runs 'my runs'` delivers the rest")
     refused = Delivery(90, 100, "refused for good: too long")
     assert results.delivered_line(refused, run) == "90 of 100 points delivered: refused for good: too long"
+
+
+def test_metrics_keep_their_names_in_80_columns():
+    """With five columns of numbers it is the headings that are folded."""
+    metrics = dict.fromkeys(
+        ["test/accuracy/phylum", "test/accuracy_seen/genus", "test/hierarchical_distance"], 0.5
+    )
+    labels = ("winner", "winner, decoded", "flat", "flat_crm", "nearest_neighbour")
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(results.test_table(dict.fromkeys(labels, metrics), ("phylum", "genus")))
+    text = shown.file.getvalue()
+    assert all(name.removeprefix("test/") in text for name in metrics), text
+    assert text.count("0.5000") == len(labels) * len(metrics)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text

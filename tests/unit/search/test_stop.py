@@ -95,6 +95,12 @@ def test_a_search_that_does_not_run_is_not_asked(folder):
     assert not folder.request.exists()
 
 
+def test_a_search_in_a_folder_that_can_not_be_written(folder):
+    folder.lock.mkdir()  # stands for another user's
+    with pytest.raises(InputError, match=r"runs/it: can't be asked: Is a directory\n  allowed: stop it as"):
+        stop(folder)
+
+
 @pytest.mark.parametrize("name", ["other", "../it", "it/../it", ".", "", "/etc"])
 def test_a_name_without_a_search(folder, name):
     with pytest.raises(InputError, match="there is no search") as refused:
@@ -105,3 +111,17 @@ def test_a_name_without_a_search(folder, name):
 def test_a_folder_without_searches(tmp_path):
     with pytest.raises(InputError, match="`--runs` names another folder"):
         stop_search(tmp_path / "none", "it", False, Console(file=io.StringIO()))
+
+
+def test_folders_whose_names_are_no_utf8(folder, monkeypatch):
+    (folder.root.parent.parent / "caf\udce9").mkdir()
+    monkeypatch.chdir(folder.root.parent.parent / "caf\udce9")
+    write_command(folder, "hiertune search it.yaml --resume")
+    assert b"caf\xe9' && hiertune search" in folder.resume.read_bytes()
+    with pytest.raises(InputError, match=r"goes on with:\n  hiertune search it\.yaml --resume"):
+        stop(folder)
+
+
+def test_files_that_somebody_damaged_keep_no_search_from_being_stopped(folder, running):
+    running(lambda: folder.trials.write_bytes(b"trial;x\n\xff;1\n"))
+    assert "it has stopped; its trials: none was begun" in stop(folder)

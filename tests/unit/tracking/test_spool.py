@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiertune.tracking import Delivery, Tracker, delivery, tracker
-from hiertune.tracking.spool import SPOOL, encode, end_for_the_dead, parse, read_lines, summarise
+from hiertune.errors import InputError
+from hiertune.tracking import Delivery, Tracker, at_work, delivery, is_tracked, sync, tracker
+from hiertune.tracking.spool import LOCK, SPOOL, encode, end_for_the_dead, parse, read_lines, summarise
 
 TRIALS = {
     0: ("completed", None, 3),
@@ -279,3 +280,18 @@ def test_the_fast_pass_reads_what_json_reads(data):
             expected[record["trial"]], last = record["step"], record["n"]
     assert {trial: run.step for trial, run in found.runs.items()} == expected
     assert found.total == last
+
+
+def test_a_folder_that_can_not_be_written_can_be_looked_at(tmp_path, monkeypatch):
+    header = {"uri": "http://127.0.0.1:1", "experiment": "e", "search": "s", "uid": "u"}
+    (tmp_path / SPOOL).write_bytes(encode({"op": "open", "t": 0, "trial": None, **header, "pid": 1}, 0))
+    (tmp_path / LOCK).mkdir()  # stands for another user's
+    assert not at_work(tmp_path)
+    assert delivery(tmp_path).complete
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="can't be written\n  allowed: a folder"):
+        sync(tmp_path)
+
+
+def test_no_name_is_too_long_to_be_that_of_no_search():
+    assert not is_tracked(Path("x" * 300))

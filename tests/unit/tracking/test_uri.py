@@ -51,6 +51,9 @@ def test_sqlite_files_that_can_be_used(tmp_path):
         ("file:///tmp/mlruns", "no longer tracks into folders"),
         ("ftp://host/x", "knows no 'ftp' addresses"),
         ("http:///nohost", "has no host"),
+        ("http://[host", "is not an address"),
+        ("http://host:port", "is not an address"),
+        ("http://me:sec/secret@host", "is not an address"),
         ("sqlite://", "no file that other programs could open"),
         ("sqlite:///:memory:", "no file that other programs could open"),
         ("sqlite:////no/such/folder/x.db", "can't be a file"),
@@ -83,6 +86,7 @@ def test_passwords_are_not_shown():
     assert display_uri("https://me:s3cret@host:1/x") == "https://me:***@host:1/x"
     assert display_uri("https://me:a@b:c@host:1/x") == "https://me:***@host:1/x"
     assert display_uri("https://host/x") == "https://host/x"
+    assert display_uri("https://me:s3cret@[host") == "***"
     assert (
         display_uri("postgresql://me@host/db?password=s3cret&a=b")
         == "postgresql://me@host/db?password=***&a=b"
