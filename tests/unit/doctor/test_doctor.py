@@ -336,9 +336,10 @@ class Server(http.server.BaseHTTPRequestHandler):
             time.sleep(30)
         if path == "experiments" and self.login not in (None, self.headers.get("Authorization")):
             code = 401
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(text.encode())
+        with contextlib.suppress(ConnectionError):  # who asked has stopped waiting
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(text.encode())
 
     def log_message(self, *args):
         pass
