@@ -51,6 +51,7 @@ search:
   controls: false
 """
 LONGEST_S = 600  # of one session of a search
+ORPHANS_S = 120  # Ray's two agents take 60 to 90 s to notice that their raylet is gone
 KINDS = {
     "worker": ("ray::RayTrainWorker",),
     "controller": ("ray::TrainController",),
@@ -105,8 +106,8 @@ class Books:
     searches: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     sessions: int = 0
-    left_behind: int = 0
-    """Processes that outlived a killed driver by more than `PATIENCE_S`."""
+    orphans: list[psutil.Process] = field(default_factory=list)
+    """What killed drivers had started, but for deliveries, which may finish their work."""
     audits: list[Audit] = field(default_factory=list)
 
     def add(self, name: str, result: Audit) -> None:
@@ -149,21 +150,14 @@ def session(folder: Path, name: str, resume: bool, kill_after: float, books: Boo
         process.wait(kill_after)
     except subprocess.TimeoutExpired:
         offspring = psutil.Process(process.pid).children(recursive=True)
+        books.orphans += [each for each in offspring if "hiertune.tracking" not in command(each)]
         process.kill()
         process.wait()
         books.kills["driver"] += 1
-        books.left_behind += len(outlive(offspring))
         return False
     if process.returncode != 0:
         raise SystemExit(f"{name} ended with {process.returncode}; see {log_of(folder, name)}")
     return True
-
-
-def outlive(offspring: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that are still there after some time; the delivery to MLflow may finish its work."""
-    mine = [process for process in offspring if "hiertune.tracking" not in command(process)]
-    _, alive = psutil.wait_procs(mine, timeout=30)
-    return alive
 
 
 # --------------------------------------------------------------------------------- parts are killed
@@ -298,6 +292,7 @@ def show_books(title: str, books: Books, most_failed: int | None = None) -> None
     failed = sum(each.failed for each in books.audits)
     ended = sum(each.completed + each.pruned for each in books.audits) + failed
     total = books.trials * books.searches
+    _, left = psutil.wait_procs(books.orphans, timeout=ORPHANS_S)
     again = sum(each.trained_again for each in books.audits)  # at most one for each kill
     show(
         f"{books.searches} searches of {books.trials} trials, {title} {books.kills.total()} times ({kills})",
@@ -312,7 +307,7 @@ def show_books(title: str, books: Books, most_failed: int | None = None) -> None
             Figure("epochs", sum(each.epochs for each in books.audits), unit=""),
             Figure("epochs trained again", again, books.kills.total(), unit=""),
             Figure("starts by hand", books.sessions, unit=""),
-            Figure("processes left behind", books.left_behind, 0, unit=""),
+            Figure("processes left behind", len(left), 0, unit=""),
         ],
     )
 
