@@ -211,11 +211,10 @@ def _read_curves(path: Path, metric: str) -> pd.DataFrame:
     empty = pd.DataFrame({"trial": [], "epoch": [], "value": []})
     if not path.exists() or path.stat().st_size == 0:
         return empty
-    parts = [empty]
-    for part in pd.read_csv(path, chunksize=200_000, on_bad_lines="skip"):  # a last line may be half written
-        parts.append(part.loc[part["metric"] == metric, ["trial", "epoch", "value"]])
-    curves = pd.concat(parts).apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
-    curves = curves.dropna()
+    with pd.read_csv(path, chunksize=200_000, on_bad_lines="skip") as file:  # a last line may be half written
+        parts = [part.loc[part["metric"] == metric, ["trial", "epoch", "value"]] for part in file]
+    curves = pd.concat([empty, *parts]).apply(pd.to_numeric, errors="coerce")
+    curves = curves.replace([math.inf, -math.inf], math.nan).dropna()
     # A trial that went on from its checkpoint has told an epoch twice.
     return curves.drop_duplicates(["trial", "epoch"], keep="last").sort_values(["trial", "epoch"])
 
