@@ -241,6 +241,7 @@ def _cluster(
 ) -> Iterator[None]:
     display.say("starting Ray" if cluster.own_ray() else "joining the Ray cluster")
     try:
+        lifeline.watch_start()
         _connect(plan, interruption)
         lifeline.watch()
         yield

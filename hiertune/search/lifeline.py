@@ -68,6 +68,7 @@ class Lifeline:
     ) -> None:
         self._command = command
         self._last_words = last_words
+        self._own_ray = own_ray
         self._gcs_patience = 0.0 if own_ray else _GCS_PATIENCE_S
         self._stopping = stopping
         self._environment = dict(os.environ)  # before Ray adds to it
@@ -76,6 +77,11 @@ class Lifeline:
         self._broker: Any = None
         self._closed = threading.Event()
         self._leaving = threading.Lock()
+
+    def watch_start(self) -> None:
+        """Begin to watch the Ray that this process is about to start, if it does: by its child processes."""
+        if self._own_ray:
+            threading.Thread(target=self._look_at_children, daemon=True).start()
 
     def watch(self) -> None:
         """Begin to watch the Ray that this process has joined."""
@@ -118,6 +124,18 @@ class Lifeline:
 
     # ------------------------------------------------------------------------------ inside
 
+    def _look_at_children(self) -> None:
+        """Until Ray has started. (Its native code would wait for a head that is gone for a minute, and then
+        end the process without a word.)"""
+        import psutil  # Ray brings it along, and can only be asked after it is loaded
+
+        seen: set[psutil.Process] = set()
+        while not self._places and not self._closed.wait(_LOOK_S):
+            alive = {child for child in psutil.Process().children() if _is_of_ray(child)}
+            if seen - alive:
+                self._leave("Ray died while it started")
+            seen |= alive
+
     def _repeat(self, look: Callable[[], None]) -> None:
         while not self._closed.wait(_LOOK_S):
             look()
@@ -157,6 +175,15 @@ class Lifeline:
         _say(f"\n{reason}; the search begins anew from its ledger\n")
         _end_children()
         _begin_anew(self._command, self._environment | {_ATTEMPT: str(again)})
+
+
+def _is_of_ray(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.name() in ("gcs_server", "raylet") and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _listens(place: tuple[str, int], patience_s: float) -> bool:

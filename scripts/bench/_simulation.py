@@ -521,6 +521,7 @@ class Simulation:
                 (driver, "WorkerPool", functools.partial(Pool, self)),
                 (cluster, "connect", lambda *_: None),
                 (cluster, "this_node", lambda: {"CPU": 0.001}),
+                (driver.Lifeline, "watch_start", lambda _: None),
                 (driver.Lifeline, "watch", lambda _: None),
                 (cluster, "node_resources", lambda: [resources]),
                 (ray, "cluster_resources", lambda: resources),

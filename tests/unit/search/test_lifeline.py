@@ -1,6 +1,7 @@
 """A process that loses Ray begins anew as itself, and gives up in the end. Its ports are made here."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -77,6 +78,38 @@ def test_what_happens_after_the_end_is_meant(ports):
     done = lose(ports, "closed")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("meant\n")
+
+
+STARTS_RAY = """
+import os, subprocess, sys, time
+from hiertune.search.lifeline import Lifeline, attempt
+
+print("attempt", attempt(), "process", os.getpid(), flush=True)
+lifeline = Lifeline([sys.executable, *sys.orig_argv[1:]], "type this", own_ray=True)
+lifeline.watch_start()
+head = subprocess.Popen([sys.argv[1], "100"])
+time.sleep(2.5)
+head.kill()
+time.sleep(60)  # as Ray does
+"""
+
+
+def test_a_head_that_dies_while_ray_starts_is_not_waited_for(tmp_path):
+    head = tmp_path / "gcs_server"
+    shutil.copy(shutil.which("sleep"), head)
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_RAY, str(head)],
+        env=os.environ | {"HIERTUNE_ATTEMPT": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert [words[1] for words in begun(done)] == ["2", "3"]
+    assert len({words[3] for words in begun(done)}) == 1
+    assert done.returncode == 1
+    assert done.stderr.count("Ray died while it started; the search begins anew from its ledger") == 1
+    assert done.stderr.endswith("Ray died while it started; go on with:\n  type this\n")
 
 
 def _runs(process):
