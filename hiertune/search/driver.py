@@ -90,6 +90,7 @@ def run_search(
         _logging_to(folder.log),
         interruption.watching(folder.request),
     ):
+        earlier = ledger.used().seconds  # of sessions before this one
         for text in plan.warnings:
             logger.warning("%s", text)
         if mirror is not None:
@@ -140,7 +141,7 @@ def run_search(
                 decoding = choose_rule(plan, best, config)
                 contenders = _measure_winner(plan, pool, config, decoding, display)
             checkpoints.sweep()
-            seconds = time.monotonic() - begun
+            seconds = earlier + time.monotonic() - begun
             ending, used = _ending(ledger, budget), ledger.used()
             summary = summarise(plan, ledger.records(), best, contenders, decoding, seconds, ending, used)
             _track_winner(tracker, folder, summary)

@@ -170,7 +170,8 @@ def kill_parts(folder: Path, kills: int, rng: random.Random, books: Books) -> Bo
         while True:
             books.sessions += 1
             process = start(folder, name, resume, books.trials)
-            for kind in shots(process, rng, kills - books.kills.total()):
+            curves = folder / "runs" / name / "curves.csv"
+            for kind in shots(process, curves, rng, kills - books.kills.total()):
                 books.kills[kind] += 1
             process.wait(LONGEST_S)
             if process.returncode == 0:
@@ -183,17 +184,21 @@ def kill_parts(folder: Path, kills: int, rng: random.Random, books: Books) -> Bo
     return books
 
 
-def shots(driver: subprocess.Popen, rng: random.Random, most: int) -> Iterator[str]:
-    """Kill parts of a running search at random times until it ends; yields the kind of each."""
-    deadline = time.monotonic() + LONGEST_S
+def shots(driver: subprocess.Popen, curves: Path, rng: random.Random, most: int) -> Iterator[str]:
+    """Kill parts of a running search until it ends, each at a random time after it has trained again; yields
+    the kind of each. (Killed before, it would only start and start.)"""
     for _ in range(most):
+        size = curves.stat().st_size if curves.exists() else 0
+        deadline = time.monotonic() + LONGEST_S
+        while not curves.exists() or curves.stat().st_size <= size:
+            if driver.poll() is not None or time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
         try:
-            driver.wait(rng.uniform(2.0, 20.0))
+            driver.wait(rng.uniform(0.0, 5.0))
             return
         except subprocess.TimeoutExpired:
             pass
-        if time.monotonic() > deadline:
-            return
         targets = parts_of(driver.pid)
         if not targets:
             continue
