@@ -3,9 +3,9 @@
 import csv
 import json
 import signal
-import subprocess
 import time
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,11 +52,6 @@ def wait_until(condition, process, timeout_s=240):
         time.sleep(0.05)
 
 
-def processes_of(folder):
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if str(folder) in line and "pytest" not in line]
-
-
 def test_a_search_stopped_at_once_then_by_command_then_by_its_budget(
     hiertune, start_hiertune, space, tmp_path
 ):
@@ -66,6 +61,7 @@ def test_a_search_stopped_at_once_then_by_command_then_by_its_budget(
     # Ctrl-C twice: nothing is waited for, nothing is left running.
     process = start_hiertune("search", file, "--trials", "3")
     wait_until(lambda: len(epochs_of(run)) >= 3, process)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -73,7 +69,8 @@ def test_a_search_stopped_at_once_then_by_command_then_by_its_budget(
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert output.rstrip().splitlines()[-1].endswith("hiertune search space.yaml --resume --trials 3")
-    wait_until(lambda: processes_of(tmp_path) == [], start_hiertune("--help"), 30)
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == []
     before = epochs_of(run)
 
     # It goes on, until another terminal asks for its end.
