@@ -116,8 +116,8 @@ def run_search(
         display = Display(
             console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
         )
-        known = [record for record in ledger.records() if record.state != "running"]
-        checkpoints = Checkpoints(mirror or folder, plan.mode, known)
+        # Not of those outside: in another space they may count, and go on, again.
+        checkpoints = Checkpoints(mirror or folder, plan.mode, ledger.ended())
         lifeline = Lifeline(command, again, cluster.own_ray(), lambda: interruption.asked)
         listeners = Listeners(
             [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
