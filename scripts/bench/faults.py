@@ -51,6 +51,7 @@ search:
   controls: false
 """
 LONGEST_S = 600  # of one session of a search
+HEADER_BYTES = 100  # at most, of curves.csv
 ORPHANS_S = 120  # Ray's two agents take 60 to 90 s to notice that their raylet is gone
 KINDS = {
     "worker": ("ray::RayTrainWorker",),
@@ -188,7 +189,7 @@ def shots(driver: subprocess.Popen, curves: Path, rng: random.Random, most: int)
     """Kill parts of a running search until it ends, each at a random time after it has trained again; yields
     the kind of each. (Killed before, it would only start and start.)"""
     for _ in range(most):
-        size = curves.stat().st_size if curves.exists() else 0
+        size = max(HEADER_BYTES, curves.stat().st_size if curves.exists() else 0)
         deadline = time.monotonic() + LONGEST_S
         while not curves.exists() or curves.stat().st_size <= size:
             if driver.poll() is not None or time.monotonic() > deadline:
