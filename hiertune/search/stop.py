@@ -37,7 +37,8 @@ def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
     folder = RunFolder(runs.resolve() / name)
     try:
         if not _runs(folder):
-            raise InputError(f"{name} is not running; it goes on with:\n  {_command(folder)}", key="NAME")
+            how = "has come to its end" if _has_ended(folder) else f"goes on with:\n  {_command(folder)}"
+            raise InputError(f"{name} is not running; it {how}", key="NAME")
         replace_text(folder.request, NOW if now else STOP)
     except OSError as error:
         allowed = "stop it as a user, and on a machine, that may write there"
@@ -70,10 +71,16 @@ def _runs(folder: RunFolder) -> bool:
 def _outcome(folder: RunFolder) -> str:
     states = _states(folder.trials)
     counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none was begun"
-    ended = folder.summary.exists() and folder.summary.stat().st_mtime >= folder.trials.stat().st_mtime
-    if ended:
+    if _has_ended(folder):
         return f"{folder.root.name} has come to its end; its trials: {counts}"
     return f"{folder.root.name} has stopped; its trials: {counts}; go on with:\n  {_command(folder)}"
+
+
+def _has_ended(folder: RunFolder) -> bool:
+    """Whether its winner was measured after its last trial."""
+    if not (folder.summary.exists() and folder.trials.exists()):
+        return False
+    return folder.summary.stat().st_mtime >= folder.trials.stat().st_mtime
 
 
 def _states(trials: Path) -> Counter[str]:

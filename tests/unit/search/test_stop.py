@@ -88,6 +88,14 @@ def test_a_search_that_came_to_its_end_meanwhile(folder, running):
     assert stop(folder) == "it has come to its end; its trials: 1 completed\n"
 
 
+def test_a_search_that_has_come_to_its_end_is_said_to_have(folder):
+    folder.trials.write_text("trial,state\n0,completed\n")
+    folder.summary.write_text("{}")
+    with pytest.raises(InputError, match=r"it is not running; it has come to its end$"):
+        stop(folder)
+    assert not folder.request.exists()
+
+
 def test_a_search_that_does_not_run_is_not_asked(folder):
     with pytest.raises(InputError, match="it is not running; it goes on with:") as refused:
         stop(folder)
