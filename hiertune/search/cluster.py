@@ -200,7 +200,7 @@ def disconnect(patience_s: float = _LAST_CALL_S) -> None:
 def kill() -> None:
     """End the Ray that was started here, if any, without leaving it: for a process that is about to end.
 
-    It would end with the process anyway, but for two agents, which take half a minute to notice.
+    It would end with the process anyway, but for two agents, which take 60 to 90 s to notice.
     """
     node = ray._private.worker._global_node
     if node is None or not own_ray():

@@ -2,11 +2,11 @@
 
 Measured with Ray 2.60, by SIGKILL in the middle of a search:
 
-- a worker, a Train controller, the broker, another node: the search goes on by itself;
+- a worker, a Train controller, the broker (Ray starts it again), another node: the search goes on by itself;
 - the raylet of the driver's node: the driver goes on for some 13 s, until Ray calls the node dead; then, at
   its next touch of the object store, Ray's native code ends the process, with code 1 and no Python exception;
 - the GCS: training stands still at once, calls hang, and after 60 s native code ends the process likewise;
-- the broker: every trial actor ends with `ActorDiedError`.
+- the broker for good, so that Ray can't start it again: every trial actor ends with `ActorDiedError`.
 
 A driver that has lost Ray can't clean up either: what would do it hangs, or is ended in the middle. So it is
 left as SIGKILL would leave it, which ledger, spool and checkpoints are made for, and the same process begins
