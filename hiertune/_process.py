@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 
 def machine() -> str:
@@ -30,3 +34,16 @@ def born(pid: int) -> str:
     except PermissionError:
         pass
     return "unknown"
+
+
+def end_families(parents: Iterable[psutil.Process], patience_s: float = 5.0) -> None:
+    """Kill these processes and all that they have started, and wait until they are gone."""
+    families: list[psutil.Process] = []
+    for parent in parents:
+        families.append(parent)
+        with contextlib.suppress(psutil.Error):
+            families.extend(parent.children(recursive=True))
+    for process in families:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(families, timeout=patience_s)

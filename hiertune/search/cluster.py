@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hiertune._process import end_families
 from hiertune.search.capacity import GroupShape
 
 logger = logging.getLogger(__name__)
@@ -205,14 +207,11 @@ def kill() -> None:
     node = ray._private.worker._global_node
     if node is None or not own_ray():
         return
-    import psutil  # Ray brings it along, and can only be asked after it is loaded
-
+    parents = []
     for each in itertools.chain(*node.all_processes.values()):
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(each.process.pid)
-            for member in [process, *process.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    member.kill()
+            parents.append(psutil.Process(each.process.pid))
+    end_families(parents)
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -18,12 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
+import psutil
+
+from hiertune._process import end_families
+
 INTERRUPTED = 130
 """Exit code of a search that was stopped."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 1.0
 _LONGEST_END_S = 10.0
-"""How long ending at once may take; then the process is dropped, and the kernel ends Ray with it."""
+"""How long ending at once may take; then the process is dropped."""
 
 
 class SearchInterrupted(Exception):
@@ -148,11 +152,13 @@ STOP, NOW = "stop", "now"
 
 
 def leave(words: str = "", code: int = INTERRUPTED) -> NoReturn:
-    """End this process here: no thread is joined, nothing is cleaned up. Ray's processes end with it."""
+    """End this process here, and what it has started: no thread is joined, nothing is cleaned up."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(2, words.encode())
+    # Two of Ray's would take 60 to 90 s to notice that it is gone.
+    end_families(psutil.Process().children())
     os._exit(code)
 
 

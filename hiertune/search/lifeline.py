@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,9 +25,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import psutil
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
+from hiertune._process import end_families
 from hiertune.config import TrialConfig
 from hiertune.search import cluster
 from hiertune.search.ledger import TrialRecord
@@ -127,8 +128,6 @@ class Lifeline:
     def _look_at_children(self) -> None:
         """Until Ray has started. (Its native code would wait for a head that is gone for a minute, and then
         end the process without a word.)"""
-        import psutil  # Ray brings it along, and can only be asked after it is loaded
-
         seen: set[psutil.Process] = set()
         while not self._places and not self._closed.wait(_LOOK_S):
             alive = {child for child in psutil.Process().children() if _is_of_ray(child)}
@@ -169,17 +168,15 @@ class Lifeline:
         logger.warning("%s", reason)
         if self._command is None or self._stopping() or again > _ATTEMPTS:
             text = f"\n{reason}; go on with:\n  {self._last_words}\n"
-            _end_children()
+            end_families(psutil.Process().children())
             _say(text)
             os._exit(1)
         _say(f"\n{reason}; the search begins anew from its ledger\n")
-        _end_children()
+        end_families(psutil.Process().children())  # its successor would take them for its own
         _begin_anew(self._command, self._environment | {_ATTEMPT: str(again)})
 
 
-def _is_of_ray(process: Any) -> bool:
-    import psutil
-
+def _is_of_ray(process: psutil.Process) -> bool:
     try:
         return process.name() in ("gcs_server", "raylet") and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -209,17 +206,6 @@ def _say(text: str) -> None:
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")
         os.write(2, text.encode())
-
-
-def _end_children() -> None:
-    """What this process started (a Ray of its own, deliveries): it would take them for its successor's."""
-    import psutil  # Ray brings it along, and can only be asked after it is loaded
-
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.Error):
-            child.send_signal(signal.SIGKILL)
-    psutil.wait_procs(children, timeout=5.0)
 
 
 def _begin_anew(command: list[str], environment: dict[str, str]) -> NoReturn:

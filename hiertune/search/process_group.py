@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
@@ -107,8 +108,6 @@ def use_interface_of_node() -> None:
 
 def interface_of(address: str) -> str | None:
     """The network interface that has `address`."""
-    import psutil  # Ray brings it along, and can only be asked after it is loaded
-
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.split("%")[0] == address for each in addresses):
             return name

@@ -148,10 +148,13 @@ def test_a_request_wakes_what_waits(tmp_path):
     assert time.monotonic() - begun < 20
 
 
-def test_an_end_that_takes_too_long_is_cut():
+def test_an_end_that_takes_too_long_is_cut_with_all_that_was_started():
     code = """
-import signal, time
+import signal, subprocess, sys, time
 from hiertune.search import interrupt
+sleep = "import time; time.sleep(60)"
+start = f"import subprocess, sys; print(flush=True); subprocess.run([sys.executable, '-c', {sleep!r}])"
+subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE).stdout.readline()
 interrupt._LONGEST_END_S = 0.2
 with interrupt.Interruption() as interruption:
     interruption.last_words = "go on with: this\\n"
@@ -163,6 +166,7 @@ with interrupt.Interruption() as interruption:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
     )
+    # Whoever lived on would hold the other end of its output, and `run` would wait for it.
     assert (done.returncode, done.stderr) == (130, "go on with: this\n")
 
 
