@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ class Server:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.startup_s = 0.0
+        """How long the newest start took until the server answered; 0: it has not yet."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -46,6 +49,7 @@ class Server:
         command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes of it
+        self._begun, self.startup_s = time.monotonic(), 0.0
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -54,15 +58,19 @@ class Server:
 
     def wait(self) -> Server:
         """Until it answers."""
-        deadline = time.monotonic() + STARTUP_S
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):  # nosec B310 - own server
-                    return self
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError((self._folder / "server.log").read_text()) from None
-                time.sleep(0.1)
+        while not self.answers():
+            if self._process.poll() is not None or time.monotonic() - self._begun > STARTUP_S:
+                raise RuntimeError((self._folder / "server.log").read_text())
+            time.sleep(0.1)
+        return self
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1):  # nosec B310 - own server
+                self.startup_s = self.startup_s or time.monotonic() - self._begun
+                return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         if self._process.poll() is None:
@@ -88,9 +96,9 @@ def search(
 ) -> float:
     """Wall seconds of `hiertune search`, from its start to its end.
 
-    The server is killed when a quarter of all epochs is done, and started when three quarters are. To
-    start one takes CPU seconds that the search then lacks, so with a `stand_in` that one is killed and
-    started instead: the search itself is undisturbed.
+    The server is killed when a quarter of all epochs is done, and started so that it answers again when
+    three quarters are, if it starts as fast as last time. To start one takes CPU seconds that the search
+    then lacks, so with a `stand_in` that one is killed and started instead: the search is undisturbed.
     """
     text = SPACE.replace("NAME", name).replace("EPOCHS", str(epochs)).replace("TRIALS", str(trials))
     (folder / f"{name}.yaml").write_text(text)
@@ -102,10 +110,25 @@ def search(
     begun = time.perf_counter()
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    for share, act in ((0.25, cut.kill), (0.75, cut.start)):
-        while process.poll() is None and _epochs_of(curves) < share * trials * epochs:
+
+    def done() -> float:
+        return _epochs_of(curves) / (trials * epochs)
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        while process.poll() is None and not condition():
             time.sleep(0.1)
-        act()
+
+    wait_until(lambda: done() >= 0.25)
+    cut.kill()
+    gone, share, startup_s = time.monotonic(), done(), cut.startup_s
+
+    def it_is_time() -> bool:
+        per_second = (done() - share) / max(0.1, time.monotonic() - gone)
+        return done() + per_second * startup_s >= 0.75
+
+    wait_until(it_is_time)
+    cut.start()
+    wait_until(cut.answers)
     code = process.wait()
     seconds = time.perf_counter() - begun
     cut.wait()
