@@ -1020,3 +1020,56 @@ def test_settling_waits_until_every_held_job_is_saved():
         await settled
 
     run(scenario)
+
+
+# ------------------------------------------------------- a broker that Ray starts in the place of one it lost
+
+
+def test_a_broker_that_is_restarted_while_a_search_stops_trains_no_job_until_it_goes_on(tmp_path):
+    async def scenario():
+        orders = tmp_path / "ray" / "broker.json"
+        await Broker(orders=orders).halt()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "b")
+        assert await broker.submit(job("held"), after=2) == 2  # its worker group was lost to it
+        assert await broker.advance("held", 2) == Stopped()
+        await broker.go_on()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "c")
+        await broker.submit(job("after"))
+        assert (await broker.take("g", "c", 0, 0)).id == "after"
+
+    run(scenario)
+
+
+def test_a_broker_that_is_restarted_sends_workers_home_if_the_one_before_would_have(tmp_path):
+    async def scenario():
+        orders = tmp_path / "broker.json"
+        await Broker(orders=orders).close()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "b")
+        assert await broker.take("g", "b", 0, 0) is None
+
+    run(scenario)
+
+
+def test_a_broker_that_is_restarted_fails_every_job_if_workers_could_not_be_started(tmp_path):
+    async def scenario():
+        orders = tmp_path / "broker.json"
+        await Broker(orders=orders).abort("no module caf\udce9")
+        broker = Broker(orders=orders)
+        await broker.submit(job("t"))
+        assert await broker.advance("t", 0) == Failed("no module caf\udce9", "not_started")
+
+    run(scenario)
+
+
+def test_a_broker_whose_orders_cannot_be_written_obeys_them(tmp_path):
+    async def scenario():
+        (tmp_path / "file").touch()
+        broker = Broker(orders=tmp_path / "file" / "broker.json")
+        await broker.halt()
+        await broker.submit(job("t"))
+        assert await broker.advance("t", 0) == Stopped()
+
+    run(scenario)
