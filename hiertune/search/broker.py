@@ -97,10 +97,14 @@ class _Run:
         index = bisect_right(self.reported, epoch, key=lambda event: event.result.epoch)
         return self.reported[index] if index < len(self.reported) else self.ending
 
+    def is_done(self, epoch: int) -> bool:
+        """Whether no more than `epoch` epochs are wanted."""
+        return self.job.until is not None and epoch >= self.job.until
+
     def decision(self, epoch: int) -> Decision | None:
         """The same for every rank, whenever it asks: what was asked for stays asked for after a stop."""
         if epoch <= self.asked:
-            return Decision.CONTINUE
+            return Decision.STOP if self.is_done(epoch) else Decision.CONTINUE
         return Decision.STOP if self.stopped or self.ending is not None else None
 
     def add(self, result: EpochResult) -> None:
@@ -460,6 +464,9 @@ class Broker:
     async def _enqueue(self, run: _Run, first: bool = False) -> None:
         if self._orders.halted:
             run.end(Stopped())
+            return
+        if run.is_done(run.asked):  # its workers were lost as they saved it: another job repeats some epochs
+            run.end(Finished(TrialOutcome(run.asked, stopped=True, metrics={})))
             return
         async with self._changed:
             if first:

@@ -31,10 +31,6 @@ class Follower:
                 self._after = event.result.epoch
             return event
 
-    def skip(self, epoch: int) -> None:
-        """Epochs up to `epoch` are known: they are gone through, if they must be, without an event."""
-        self._after = max(self._after, epoch)
-
     def stop(self) -> None:
         """No more of it: the job ends after the epoch it is in. Without harm after its end, or twice."""
         ray.get(self._broker.stop.remote(self._job.id))

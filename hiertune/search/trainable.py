@@ -48,22 +48,14 @@ class TrialActor(tune.Trainable):
                 return {"state": "failed", "reason": reason, "fault": fault, "done": True}
             case Stopped():
                 return {"state": "interrupted", "done": True}
+            case Finished(outcome) if outcome.stopped:
+                return {"state": "paused", "done": True}
             case Finished(outcome):
                 # Only reached when a resumed checkpoint was already complete.
                 return {**self._measured(outcome.metrics), "state": "completed", "done": True}
 
     def cleanup(self) -> None:
         self._let_go()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict:
-        """Tune pauses the trial (Hyperband): the job ends after its epoch and keeps its own checkpoint."""
-        self._let_go()
-        return {"epoch": self.iteration}
-
-    def load_checkpoint(self, checkpoint: dict | None) -> None:
-        """The job resumed from its own checkpoint, which may be older, when it was submitted again."""
-        if checkpoint is not None:
-            self._follower.skip(checkpoint["epoch"])
 
     def _begin(self, config: dict) -> None:
         self._metric: str = config["metric"]
