@@ -241,7 +241,7 @@ class Broker:
         while (old := self._runs.get(job.id)) is not None:
             if not old.stopped:
                 return max(after, old.asked)
-            await old.released.wait()  # a paused job still writes its checkpoint
+            await old.released.wait()  # a job that was stopped still writes its checkpoint
             if self._runs.get(job.id) is old:
                 del self._runs[job.id]
         run = self._runs[job.id] = _Run(job, asked=after, delivered=after)

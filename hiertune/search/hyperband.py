@@ -63,7 +63,7 @@ class Hyperband:
         self._ledger = ledger
         self._factor = factor
         self._round = brackets(epochs, factor)
-        self._left = trials - sum(record.state != "outside" for record in ledger.records())
+        self._to_begin = trials - sum(record.state != "outside" for record in ledger.records())
         self._closed = False
         self._members: list[list[int]] = []
         """The trials of each bracket."""
@@ -81,7 +81,7 @@ class Hyperband:
 
     def has_more(self, more: bool) -> bool:
         """Whether new trials are begun, if there may be `more`."""
-        return more and self._left > 0
+        return more and self._to_begin > 0
 
     def decide(self, more: bool) -> list[int]:
         """The trials that are to be stopped now. `more`: whether new trials may be begun."""
@@ -104,7 +104,7 @@ class Hyperband:
             index = self._open_bracket()
             trial.set_user_attr(_BRACKET, index)  # recorded with the trial, as it begins
             self._join(number, index)
-            self._left -= 1
+            self._to_begin -= 1
             first, *others = self._round[index % len(self._round)].rungs
             self._training[number] = first if others else None
         else:

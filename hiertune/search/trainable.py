@@ -24,7 +24,7 @@ class TrialActor(tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        self._let_go()
+        self._follower.stop()
         self._begin(new_config)
         return True
 
@@ -55,19 +55,12 @@ class TrialActor(tune.Trainable):
                 return {**self._measured(outcome.metrics), "state": "completed", "done": True}
 
     def cleanup(self) -> None:
-        self._let_go()
+        self._follower.stop()
 
     def _begin(self, config: dict) -> None:
         self._metric: str = config["metric"]
         self._follower = Follower(ray.get_actor(config["broker"]), config["job"])
-        self._holds_job = True
 
     def _measured(self, metrics: dict[str, float]) -> dict[str, Any]:
         """Of the metrics Tune sees the objective alone."""
         return {self._metric: metrics[self._metric], "measured": Measured(metrics)}
-
-    def _let_go(self) -> None:
-        """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""
-        if self._holds_job:
-            self._holds_job = False
-            self._follower.stop()

@@ -233,7 +233,7 @@ def test_submitting_a_live_job_again_follows_it():
     run(scenario)
 
 
-def test_a_paused_job_is_submitted_again_only_when_its_workers_have_let_go():
+def test_a_stopped_job_is_submitted_again_only_when_its_workers_have_let_go():
     async def scenario():
         broker = Broker()
         await broker.open_generation("g", "a")
