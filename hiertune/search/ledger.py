@@ -195,6 +195,10 @@ class Ledger:
         """A trial that was begun before, and that nobody has now."""
         return self._left.pop(number) or Trial(self.study, self._memory.id_of(number))
 
+    def waits(self, number: int) -> bool:
+        """Whether the trial is open, and nobody has it."""
+        return number in self._left
+
     @property
     def has_interrupted(self) -> bool:
         """Whether `next_trial` will give one that was begun before."""
