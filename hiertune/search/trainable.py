@@ -21,11 +21,13 @@ class TrialActor(tune.Trainable):
     """
 
     def setup(self, config: dict) -> None:
+        """Its job is submitted with the first `step`: Tune may give the trial to an idle actor meanwhile."""
         self._begin(config)
 
     def reset_config(self, new_config: dict) -> bool:
         self._follower.stop()
         self._begin(new_config)
+        self._follower.submit()  # at once: no worker group shall wait for Tune
         return True
 
     def step(self) -> dict:
