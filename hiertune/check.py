@@ -17,7 +17,6 @@ from hiertune.config import (
     BackboneConfig,
     FixedConfig,
     GradNormConfig,
-    HyperbandConfig,
     IdentityConfig,
     MedianConfig,
     MixedHeadConfig,
@@ -271,10 +270,6 @@ def warnings_with_data(target: Space | TrialConfig, dataset: HierarchicalDataset
         for corner in corners
         for key, text in _warnings(corner.config, dataset.levels[-1], unknown)
     }
-    if isinstance(target, Space) and isinstance(target.config.search.scheduler, HyperbandConfig):
-        # Ray Tune 2.60: a bracket counts as full, and is halved, over the trials that have begun.
-        text = "with fewer worker groups than a bracket has trials it compares parts of them; asha has none"
-        found[f"search.scheduler (line {target.line_of('search.scheduler')}): hyperband: {text}"] = None
     return list(found)
 
 

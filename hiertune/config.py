@@ -645,6 +645,8 @@ class MedianConfig(Config):
 class HyperbandConfig(Config):
     kind: Literal["hyperband"] = "hyperband"
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """At each rung of a bracket the best 1/reduction_factor go on, once all its trials are there. With 3 and
+    20 epochs a round of brackets has 9 trials (compared after 2 and 6 epochs), 5 (after 6), and 3 (never)."""
 
 
 SchedulerConfig = Annotated[

@@ -16,12 +16,16 @@ its checkpoint, and epochs that were already reported are not reported twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import json
 import time
 from bisect import bisect_right
 from collections import deque
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from hiertune._files import replace_file
 from hiertune.search.messages import (
     MENDABLE,
     Cause,
@@ -93,10 +97,14 @@ class _Run:
         index = bisect_right(self.reported, epoch, key=lambda event: event.result.epoch)
         return self.reported[index] if index < len(self.reported) else self.ending
 
+    def is_done(self, epoch: int) -> bool:
+        """Whether no more than `epoch` epochs are wanted."""
+        return self.job.until is not None and epoch >= self.job.until
+
     def decision(self, epoch: int) -> Decision | None:
         """The same for every rank, whenever it asks: what was asked for stays asked for after a stop."""
         if epoch <= self.asked:
-            return Decision.CONTINUE
+            return Decision.STOP if self.is_done(epoch) else Decision.CONTINUE
         return Decision.STOP if self.stopped or self.ending is not None else None
 
     def add(self, result: EpochResult) -> None:
@@ -180,23 +188,46 @@ class _Group:
         return run, cause, hint
 
 
+@dataclasses.dataclass(frozen=True)
+class _Orders:
+    """What the pool has told: it tells it once, and it holds also when Ray has restarted the broker."""
+
+    halted: bool = False
+    """Jobs that no worker holds are Stopped."""
+    closed: bool = False
+    """Idle workers go home."""
+    broken: str | None = None
+    """Why every job fails."""
+
+
 class Broker:
     """Hands jobs to worker groups and their events back to whoever submitted them.
 
     Runs as an asyncio Ray actor (`hiertune.search.pool` starts it). It is plain asyncio, so the
     tests drive it in-process.
+
+    Args:
+        recycle_after: jobs after which a group is replaced.
+        orders: file for what a broker that takes this one's place has to know. Jobs and groups are not in
+            it: those who have them come to it anew.
     """
 
-    def __init__(self, recycle_after: int | None = None, processes: Processes | None = None) -> None:
+    def __init__(
+        self,
+        recycle_after: int | None = None,
+        processes: Processes | None = None,
+        orders: Path | None = None,
+    ) -> None:
         self._recycle_after = recycle_after
         self._processes = processes
+        self._file = orders
+        self._orders = _Orders()
+        if orders is not None and orders.exists():
+            self._orders = _Orders(**json.loads(orders.read_bytes()))
         self._runs: dict[str, _Run] = {}
         self._groups: dict[str, _Group] = {}
         self._waiting: deque[_Run] = deque()
         self._changed = asyncio.Condition()
-        self._closed = False
-        self._halted = False
-        self._broken: str | None = None
         self.generations = 0
 
     # ---------------------------------------------------------------- the submitter's side
@@ -210,12 +241,12 @@ class Broker:
         while (old := self._runs.get(job.id)) is not None:
             if not old.stopped:
                 return max(after, old.asked)
-            await old.released.wait()  # a paused job still writes its checkpoint
+            await old.released.wait()  # a job that was stopped still writes its checkpoint
             if self._runs.get(job.id) is old:
                 del self._runs[job.id]
         run = self._runs[job.id] = _Run(job, asked=after, delivered=after)
-        if self._broken:
-            run.end(Failed(self._broken, "not_started"))
+        if self._orders.broken is not None:
+            run.end(Failed(self._orders.broken, "not_started"))
         else:
             await self._enqueue(run)
         return after
@@ -253,12 +284,12 @@ class Broker:
 
     async def halt(self) -> None:
         """Until `go_on`, jobs that no worker holds are Stopped: those that wait, and those that come."""
-        self._halted = True
+        self._order(halted=True)
         while self._waiting:
             self._waiting.popleft().end(Stopped())
 
     async def go_on(self) -> None:
-        self._halted = False
+        self._order(halted=False)
 
     async def settle(self) -> None:
         """Nobody follows the jobs any more: stop them, and wait until their checkpoints are saved."""
@@ -271,12 +302,12 @@ class Broker:
     async def close(self) -> None:
         """No more jobs: every group's workers return as soon as they are idle."""
         async with self._changed:
-            self._closed = True
+            self._order(closed=True)
             self._changed.notify_all()
 
     async def abort(self, reason: str) -> None:
         """Worker groups can't be started: every job, now and later, fails with `reason`."""
-        self._broken = reason
+        self._order(broken=reason)
         self._waiting.clear()
         for run in self._runs.values():
             run.end(Failed(reason, "not_started"))
@@ -380,6 +411,14 @@ class Broker:
 
     # ------------------------------------------------------------------------------ inside
 
+    def _order(self, **changes: Any) -> None:
+        """Written down before it is answered: of a broker that is killed before that, Ray asks it again."""
+        self._orders = dataclasses.replace(self._orders, **changes)
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk: this broker knows, its successor won't
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(self._file, json.dumps(dataclasses.asdict(self._orders)).encode())
+
     def _current(self, group_id: str, token: str) -> _Group:
         group = self._groups.get(group_id)
         if group is None or group.token != token:
@@ -423,8 +462,11 @@ class Broker:
             await self._enqueue(run, first=True)
 
     async def _enqueue(self, run: _Run, first: bool = False) -> None:
-        if self._halted:
+        if self._orders.halted:
             run.end(Stopped())
+            return
+        if run.is_done(run.asked):  # its workers were lost as they saved it: another job repeats some epochs
+            run.end(Finished(TrialOutcome(run.asked, stopped=True, metrics={})))
             return
         async with self._changed:
             if first:
@@ -438,7 +480,7 @@ class Broker:
             return None
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._closed or self._waiting or group.token != token,
+                lambda: self._orders.closed or self._waiting or group.token != token,
             )
             if group.token != token:
                 self._changed.notify()  # it was woken for a job that is not for it

@@ -27,15 +27,26 @@ def redraws(console: Console) -> bool:
 
 
 class Display:
-    """Listener that shows progress. In a terminal one live block; elsewhere a line per trial."""
+    """Listener that shows progress. In a terminal one live block; elsewhere a line per trial.
+
+    Args:
+        waits: whether a trial that was begun is not trained now.
+    """
 
     def __init__(
-        self, console: Console, total: int, metric: str, mode: Mode, footer: Callable[[], str]
+        self,
+        console: Console,
+        total: int,
+        metric: str,
+        mode: Mode,
+        footer: Callable[[], str],
+        waits: Callable[[int], bool] = lambda number: False,
     ) -> None:
         self._console = console
         self._metric = metric
         self._mode = mode
         self._footer = footer
+        self._waits = waits
         self._running: dict[int, tuple[int, int, float | None, float]] = {}
         self._best: TrialRecord | None = None
         self._last: list[str] = []
@@ -132,7 +143,8 @@ class Display:
                 )
             )
         parts += [Text.from_markup(line) for line in self._last]
-        running = sorted(self._running.items())
+        live = sorted(self._running.items())  # at once: this is another thread
+        running = [item for item in live if not self._waits(item[0])]
         for number, (epoch, epochs, value, begun) in running[:_MOST_SHOWN]:
             shown = "" if value is None else f"{value:.4f}"
             parts.append(
@@ -143,6 +155,8 @@ class Display:
             )
         if len(running) > _MOST_SHOWN:
             parts.append(Text(f"  and {len(running) - _MOST_SHOWN} more", style="dim"))
+        if waiting := len(live) - len(running):
+            parts.append(Text(f"  {waiting} waiting", style="dim"))
         if self._status:
             parts.append(Text(self._status, style="dim"))
         if self._notice:

@@ -114,7 +114,12 @@ def run_search(
         )
         tracker.reconcile(ledger.ended())
         display = Display(
-            console, plan.trials, plan.metric, plan.mode, lambda: delivery_line(tracker.status())
+            console,
+            plan.trials,
+            plan.metric,
+            plan.mode,
+            lambda: delivery_line(tracker.status()),
+            ledger.waits,
         )
         # Not of those outside: in another space they may count, and go on, again.
         checkpoints = Checkpoints(mirror or folder, plan.mode, ledger.ended())

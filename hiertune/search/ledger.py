@@ -180,15 +180,24 @@ class Ledger:
         # As long as nobody sets another one: Optuna would make a TPE sampler of its own.
         sampler = optuna.samplers.RandomSampler()
         self.study = optuna.load_study(study_name=identity.study_name, storage=self._memory, sampler=sampler)
-        self._left = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+        self._left: dict[int, Trial | None] = {
+            trial.number: None for trial in trials if trial.state == TrialState.RUNNING
+        }
+        """Open trials that nobody has; those that this session had with what the sampler drew for them."""
 
     # ------------------------------------------------------------------------------- one trial
 
     def next_trial(self) -> Trial:
         """The trial to run next: first those that an interruption left behind, then a new one."""
-        if self._left:
-            return Trial(self.study, self._memory.id_of(self._left.pop(0)))
-        return self.study.ask()
+        return self.take_up(next(iter(self._left))) if self._left else self.study.ask()
+
+    def take_up(self, number: int) -> Trial:
+        """A trial that was begun before, and that nobody has now."""
+        return self._left.pop(number) or Trial(self.study, self._memory.id_of(number))
+
+    def waits(self, number: int) -> bool:
+        """Whether the trial is open, and nobody has it."""
+        return number in self._left
 
     @property
     def has_interrupted(self) -> bool:
@@ -259,8 +268,17 @@ class Ledger:
         return new
 
     def pause(self, trial: Trial, seconds: float) -> None:
-        """Record how long the trial took in this session: it goes on in another."""
+        """Nobody has the trial any more, and it is to go on: record how long it took."""
         self._set_attr(trial, "seconds", round(_spent(trial) + seconds, 3))
+        self._left[trial.number] = trial
+
+    def keep(self, trial: Trial, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of an epoch that may be the trial's last, and it is not known yet."""
+        self._set_attr(trial, "metrics", dict(metrics))
+
+    def kept(self, trial: Trial) -> dict[str, float]:
+        """The metrics that `keep` recorded last."""
+        return trial.user_attrs.get("metrics", {})
 
     def ending(
         self,
@@ -367,6 +385,17 @@ class Ledger:
         """The completed trial with the best objective; the earliest of equals."""
         completed = [record for record in self._ended.values() if record.state == "completed"]
         return min(completed, key=lambda record: record.rank(self.identity.mode), default=None)
+
+    def state_of(self, number: int) -> State:
+        return self._ended[number].state if number in self._ended else "running"
+
+    def reported(self, number: int) -> Mapping[int, float]:
+        """A trial's objective by epoch; nothing of one that is outside the space."""
+        return {} if self.state_of(number) == "outside" else self._frozen(number).intermediate_values
+
+    def attrs(self) -> list[dict[str, Any]]:
+        """What is recorded beside each trial, by number."""
+        return [self._frozen(number).user_attrs for number in range(len(self._ids))]
 
     def epochs(self) -> dict[int, dict[int, float]]:
         """The objective by epoch of every trial inside the space, by number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hiertune.config import TrialConfig
@@ -29,6 +29,12 @@ class Job:
     """How often it goes on after a fault that another try can mend, before it counts as failed."""
     hang_timeout: float = 1800.0
     """Seconds without a trained batch after which its workers are replaced."""
+    until: int | None = None
+    """It ends after so many epochs, with a checkpoint from which another job goes on. None: with its last."""
+
+    def up_to(self, epoch: int | None) -> Job:
+        """The part of it that ends after that epoch, or all. Each part has a name of its own."""
+        return self if epoch is None else replace(self, id=f"{self.id}-to-{epoch}", until=epoch)
 
 
 @dataclass(frozen=True)

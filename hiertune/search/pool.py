@@ -65,7 +65,9 @@ class WorkerPool:
         lifeline: Lifeline | None = None,
     ):
         self.broker_name = f"hiertune-broker-{uuid.uuid4().hex}"
-        # A broker that dies starts again and knows nothing: workers and submitters come to it anew.
+        # A broker that dies starts again and knows its orders only: workers and submitters come to it anew.
+        orders = storage / "broker.json"
+        orders.unlink(missing_ok=True)
         actor = ray.remote(Broker).options(
             num_cpus=0,
             max_concurrency=10_000,
@@ -74,7 +76,7 @@ class WorkerPool:
             max_task_retries=-1,
             scheduling_strategy=cluster.on_this_node(),
         )
-        self.broker: Any = actor.remote(recycle_after, RayProcesses())
+        self.broker: Any = actor.remote(recycle_after, RayProcesses(), orders)
         self._most = most
         self._shape = shape
         self._storage = storage

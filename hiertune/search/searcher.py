@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import Trial
 from ray.tune.search import Searcher
 
 from hiertune.config import TrialConfig
+from hiertune.search.hyperband import Hyperband
 from hiertune.search.ledger import EndState, Ledger
 from hiertune.search.listeners import Listener
 from hiertune.search.messages import Fault, Job
@@ -41,6 +43,7 @@ class LedgerSearcher(Searcher):
         enough: from when it says True, only trials that an interruption left behind are begun.
         groups: how many worker groups there are at present; no more trials than that are live.
         check: does not return where a trial actor died because Ray is lost.
+        hyperband: which trials train how far; else each one is trained to its end, or until Tune stops it.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class LedgerSearcher(Searcher):
         enough: Callable[[], bool],
         groups: Callable[[], int] = lambda: sys.maxsize,
         check: Callable[[], None] = lambda: None,
+        hyperband: Hyperband | None = None,
     ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._ledger = ledger
@@ -67,59 +71,94 @@ class LedgerSearcher(Searcher):
         self._enough = enough
         self._groups = groups
         self._check = check
+        self._hyperband = hyperband
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
-        self._last: dict[str, dict] = {}
+        self._started: set[int] = set()
         self._logged: set[tuple[int, str]] = set()
 
     def suggest(self, trial_id: str) -> dict | str | None:  # type: ignore[override]  # FINISHED is a str
-        if self._halted() or (self._enough() and not self._ledger.has_interrupted):
+        if self._halted():
             return Searcher.FINISHED
-        if len(self._live) >= self._groups():
+        self._stop_the_worse()
+        more = self._may_begin()
+        if not (more or self._ledger.has_interrupted or (self._hyperband is not None and self._live)):
+            return Searcher.FINISHED
+        if len(self._live) >= self._groups() or (given := self._next(more)) is None:
             return None  # not now
-        trial = self._ledger.next_trial()
+        trial, until = given
         config = self._suggest(trial)
         self._ledger.begin(trial)
         self._live[trial_id] = trial
         self._begun[trial_id] = time.monotonic()
-        self._listener.trial_started(trial.number, config, trial.params)
-        return {"broker": self._broker, "job": self._make_job(trial.number, config), "metric": self.metric}
+        if trial.number not in self._started:
+            self._started.add(trial.number)
+            self._listener.trial_started(trial.number, config, trial.params)
+        job = self._make_job(trial.number, config).up_to(until)
+        return {"broker": self._broker, "job": job, "metric": self.metric}
+
+    def _may_begin(self) -> bool:
+        """Whether there may be new trials."""
+        more = not self._enough()
+        return more if self._hyperband is None else self._hyperband.has_more(more)
+
+    def _next(self, more: bool) -> tuple[Trial, int | None] | None:
+        """The trial to train next, and up to which epoch; None while those that wait wait for others."""
+        if self._hyperband is None:
+            return self._ledger.next_trial(), None
+        return self._hyperband.next(more)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         self._ledger.require()
         trial = self._live[trial_id]
         self._note(trial, result)
         self._report(trial, result)
-        self._last[trial_id] = result
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if error:
             self._check()
         self._ledger.require()
         trial = self._live.pop(trial_id)
-        last = self._last.pop(trial_id, {})
-        result = result or ({} if error else last)  # of one that it had paused (Hyperband) Tune says nothing
+        result = result or {}
         seconds = time.monotonic() - self._begun.pop(trial_id)
         self._note(trial, result)
-        if result.get("state") == "interrupted":
+        if self._hyperband is not None:
+            self._hyperband.let_go(trial.number)
+        if result.get("state") in ("interrupted", "paused"):
             self._ledger.pause(trial, seconds)
-            return  # no worker had it; it goes on when the search resumes
+            return  # no worker had it, and it goes on when the search resumes; or it waits for others
         state, reason, fault = _verdict(result, error)
         if state != "failed" and self.metric in result:
             self._report(trial, result)
         if state == "pruned" and self._halted():
             self._ledger.pause(trial, seconds)
             return  # stopped by the user or a budget, not by the scheduler: it goes on as well
-        record = self._ledger.ending(
+        self._end(
             trial,
             state,
             value=result.get(self.metric),
-            epochs=self._ledger.last_epoch(trial),
             seconds=seconds,
             metrics=_metrics(result),
             reason=reason,
             fault=fault,
         )
+
+    def _stop_the_worse(self) -> None:
+        """Those that wait, and that Hyperband lets not go on."""
+        if self._hyperband is None:
+            return
+        for number in self._hyperband.decide(not self._enough()):
+            self._ledger.require()
+            trial = self._ledger.take_up(number)
+            self._end(
+                trial,
+                "pruned",
+                metrics=self._ledger.kept(trial),
+                reason=_stopped_after(self._ledger.last_epoch(trial)),
+            )
+
+    def _end(self, trial: Trial, state: EndState, **how: Any) -> None:
+        record = self._ledger.ending(trial, state, epochs=self._ledger.last_epoch(trial), **how)
         self._listener.trial_ended(record)
         self._ledger.tell(trial, record)
 
@@ -127,6 +166,8 @@ class LedgerSearcher(Searcher):
         epoch = result["training_iteration"]
         if not self._ledger.has(trial, epoch):
             self._listener.trial_reported(trial.number, epoch, _metrics(result))
+            if self._hyperband is not None and self._hyperband.compares_at(trial.number, epoch):
+                self._ledger.keep(trial, _metrics(result))
             self._ledger.report(trial, epoch, result[self.metric])
 
     def _note(self, trial: Trial, result: dict) -> None:
@@ -159,7 +200,11 @@ def _verdict(result: dict, error: bool) -> tuple[EndState, str | None, Fault | N
         return "failed", result["reason"], result["fault"]
     if result.get("state") == "completed":
         return "completed", None, None
-    return "pruned", f"stopped by the scheduler after epoch {result.get('training_iteration', 0)}", None
+    return "pruned", _stopped_after(result.get("training_iteration", 0)), None
+
+
+def _stopped_after(epoch: int) -> str:
+    return f"stopped by the scheduler after epoch {epoch}"
 
 
 def _metrics(result: dict) -> dict[str, float]:

@@ -12,7 +12,6 @@ import optuna
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
     MedianStoppingRule,
     TrialScheduler,
 )
@@ -172,7 +171,7 @@ class _Remembers(TrialScheduler):
 
 
 class _InOrder(TrialScheduler):
-    """Mixed into a Tune scheduler that pauses no trial: they start in the order in which they were asked.
+    """Mixed into a Tune scheduler: trials start in the order in which they were asked.
 
     Tune starts pending trials so by itself. Its schedulers look for one among all trials there ever were
     before every event.
@@ -204,8 +203,7 @@ def build_scheduler(config: SchedulerConfig, epochs: int, memory: Memory | None 
     Args:
         epochs: the most that a trial may train.
         memory: of a search that goes on. ASHA has its rungs again and the median rule its results, as if it
-            had seen all. Hyperband begins anew: it compares the trials of a bracket, whose members, halted
-            and waiting for one another, are gone with the session.
+            had seen all.
     """
     scheduler = _scheduler(config, epochs)
     if memory is not None and isinstance(scheduler, _Remembers):
@@ -215,7 +213,7 @@ def build_scheduler(config: SchedulerConfig, epochs: int, memory: Memory | None 
 
 def _scheduler(config: SchedulerConfig, epochs: int) -> TrialScheduler:
     match config:
-        case NoSchedulerConfig():
+        case NoSchedulerConfig() | HyperbandConfig():  # see `hiertune.search.hyperband`
             return _FIFO()
         case ASHAConfig():
             return _ASHA(
@@ -229,6 +227,4 @@ def _scheduler(config: SchedulerConfig, epochs: int) -> TrialScheduler:
                 grace_period=config.grace_epochs,
                 min_samples_required=config.min_trials,
             )
-        case HyperbandConfig():
-            return HyperBandScheduler(max_t=epochs, reduction_factor=config.reduction_factor)
     raise AssertionError(config)

@@ -21,11 +21,13 @@ class TrialActor(tune.Trainable):
     """
 
     def setup(self, config: dict) -> None:
+        """Its job is submitted with the first `step`: Tune may give the trial to an idle actor meanwhile."""
         self._begin(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        self._let_go()
+        self._follower.stop()
         self._begin(new_config)
+        self._follower.submit()  # at once: no worker group shall wait for Tune
         return True
 
     def step(self) -> dict:
@@ -48,34 +50,19 @@ class TrialActor(tune.Trainable):
                 return {"state": "failed", "reason": reason, "fault": fault, "done": True}
             case Stopped():
                 return {"state": "interrupted", "done": True}
+            case Finished(outcome) if outcome.stopped:
+                return {"state": "paused", "done": True}
             case Finished(outcome):
                 # Only reached when a resumed checkpoint was already complete.
                 return {**self._measured(outcome.metrics), "state": "completed", "done": True}
 
     def cleanup(self) -> None:
-        self._let_go()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict:
-        """Tune pauses the trial (Hyperband): the job ends after its epoch and keeps its own checkpoint."""
-        self._let_go()
-        return {"epoch": self.iteration}
-
-    def load_checkpoint(self, checkpoint: dict | None) -> None:
-        """The job resumed from its own checkpoint, which may be older, when it was submitted again."""
-        if checkpoint is not None:
-            self._follower.skip(checkpoint["epoch"])
+        self._follower.stop()
 
     def _begin(self, config: dict) -> None:
         self._metric: str = config["metric"]
         self._follower = Follower(ray.get_actor(config["broker"]), config["job"])
-        self._holds_job = True
 
     def _measured(self, metrics: dict[str, float]) -> dict[str, Any]:
         """Of the metrics Tune sees the objective alone."""
         return {self._metric: metrics[self._metric], "measured": Measured(metrics)}
-
-    def _let_go(self) -> None:
-        """Stop the job, once: a paused one may go on under another actor by the time this one is reset."""
-        if self._holds_job:
-            self._holds_job = False
-            self._follower.stop()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ray import tune
 
-from hiertune.config import TrialConfig
+from hiertune.config import HyperbandConfig, TrialConfig
 from hiertune.search import cluster
 from hiertune.search.decoding import keeps_logits
+from hiertune.search.hyperband import Hyperband
 from hiertune.search.ledger import Ledger
 from hiertune.search.listeners import Listeners
 from hiertune.search.messages import Job
@@ -44,6 +45,10 @@ def run_trials(
             hang_timeout=search.worker_group.hang_timeout,
         )
 
+    hyperband = None
+    if isinstance(search.scheduler, HyperbandConfig):
+        factor = search.scheduler.reduction_factor
+        hyperband = Hyperband(ledger, plan.space.max_epochs, factor, plan.trials)
     searcher = LedgerSearcher(
         ledger,
         plan.space.suggest,
@@ -56,6 +61,7 @@ def run_trials(
         enough=lambda: session.ending is not None,
         groups=lambda: pool.size,
         check=pool.check,
+        hyperband=hyperband,
     )
     tune.Tuner(
         # The worker groups hold the CPUs and GPUs; trial actors only ask to be where the driver is.
@@ -65,7 +71,8 @@ def run_trials(
             mode=plan.mode,
             search_alg=searcher,
             scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
-            num_samples=plan.trials - len(ledger.ended()),
+            # With Hyperband a trial is one of Tune's for each rung that it comes to.
+            num_samples=plan.trials - len(ledger.ended()) if hyperband is None else -1,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -202,7 +202,7 @@ class Groups:
         self._loop = loop
         self._names = metric_names(setting.values)
         self._trained: dict[str, int] = {}
-        """Epochs behind each job: its checkpoint."""
+        """Epochs behind each trial, by its folder: its checkpoint."""
         self.reports = 0
         self.busy = self.waited = 0.0
         """Virtual seconds that rank 0 of all groups trained, and waited for an answer to a report."""
@@ -231,11 +231,12 @@ class Groups:
 
     async def _train(self, job: Job, group: str, token: str, rank: int, number: int) -> None:
         epochs = job.config.train.epochs
-        pace, fails = _luck(job.id, self._setting)
+        trial = Path(job.folder).name
+        pace, fails = _luck(trial, self._setting)
         metrics: dict[str, float] = {}
         begun = self._loop.time()
-        for epoch in range(self._trained.get(job.id, 0) + 1, epochs + 1):
-            noise = random.Random(f"{job.id}/{epoch}")
+        for epoch in range(self._trained.get(trial, 0) + 1, epochs + 1):
+            noise = random.Random(f"{trial}/{epoch}")
             seconds = self._setting.epoch_seconds * pace * noise.lognormvariate(0.0, 0.05)
             await asyncio.sleep(seconds)
             if epoch == fails:
@@ -248,7 +249,7 @@ class Groups:
             reported = self._loop.time()
             decision = await self._broker.report(group, token, rank, number, result)
             if rank == 0:
-                self._trained[job.id] = epoch
+                self._trained[trial] = epoch
                 self.reports += 1
                 self.busy += seconds
                 self.waited += self._loop.time() - reported
@@ -256,7 +257,7 @@ class Groups:
             if decision is Decision.STOP:
                 break
         if rank == 0:
-            done = self._trained[job.id]
+            done = self._trained[trial]
             await self._broker.finish(group, token, number, TrialOutcome(done, done < epochs, metrics))
 
 
@@ -276,9 +277,9 @@ def accuracy(config: TrialConfig, epoch: int) -> float:
     return best * (1 - math.exp(-epoch / 4))
 
 
-def _luck(job: str, setting: Setting) -> tuple[float, int | None]:
+def _luck(trial: str, setting: Setting) -> tuple[float, int | None]:
     """How slow a trial's epochs are, and the epoch in which it fails."""
-    draw = random.Random(job)
+    draw = random.Random(trial)
     pace = draw.lognormvariate(0.0, math.log(1.5))
     return pace, draw.randint(1, 4) if draw.random() < setting.failing else None
 

@@ -76,7 +76,7 @@ def test_a_grid_tries_every_combination_once(tmp_path):
             "MedianStoppingRule",
             {"_grace_period": 3, "_min_samples_required": 3},
         ),
-        (HyperbandConfig(), "HyperBandScheduler", {"_max_t_attr": 9, "_eta": 3}),
+        (HyperbandConfig(), "FIFOScheduler", {}),
     ],
 )
 def test_schedulers_count_in_epochs(config, name, settings):

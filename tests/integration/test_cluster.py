@@ -161,6 +161,7 @@ def answer(done):
 
 ONE_GROUP = """
 import json, sys
+from pathlib import Path
 import ray
 from ray.util.state import list_actors
 from hiertune.config import TrialConfig
@@ -172,7 +173,7 @@ from hiertune.search.pool import WorkerPool
 data, folder, placement = sys.argv[1:]
 cluster.connect()
 config = TrialConfig.model_validate({"data": {"path": data}, "train": {"epochs": 3, "batch_size": 50}})
-with WorkerPool(1, GroupShape(2, 1.0, 0.0, placement), folder + "/ray") as pool:
+with WorkerPool(1, GroupShape(2, 1.0, 0.0, placement), Path(folder, "ray")) as pool:
     ending = pool.run(Job("job", config, folder, test_on=("test",)))
     actors = [actor for actor in list_actors() if actor.state == "ALIVE"]
 workers = [actor.node_id for actor in actors if actor.class_name == "RayTrainWorker"]

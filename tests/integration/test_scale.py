@@ -1,10 +1,11 @@
-"""The real driver, ledger and schedulers on fifty simulated worker groups: every trial is accounted for."""
+"""The real driver, ledger and schedulers on simulated worker groups: every trial is accounted for."""
 
 import collections
 
 import numpy as np
 import pandas as pd
 import pytest
+from definitions import hyperband
 
 from hiertune.search.ledger import Ledger
 from hiertune.tracking.spool import SPOOL, count, parse
@@ -110,3 +111,24 @@ def test_groups_are_never_idle_while_trials_wait(simulation):
     share = simulation.groups.busy / GROUPS
     assert simulation.groups.waited == 0  # the driver takes no virtual time
     assert simulation.loop.time() <= share + simulation.groups.longest
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 30])
+def test_hyperband_stops_those_of_the_definition_with_any_number_of_worker_groups(
+    bench_module, tmp_path, groups
+):
+    module = bench_module("_simulation")
+    scheduler = "{kind: hyperband, reduction_factor: 3}"
+    setting = module.Setting(29, groups, 9, scheduler=scheduler, ranks=2, failing=0.5)
+    simulation = module.Simulation(setting, tmp_path)
+    simulation.run()
+    trials = pd.read_csv(simulation.plan.folder.trials, index_col="trial")
+    curves = pd.read_csv(simulation.plan.folder.curves)
+    values = curves[curves.metric == simulation.plan.metric].set_index(["trial", "epoch"]).value
+    failed = trials[trials.state == "failed"]
+    assert failed.reason.str.fullmatch(r"the loss was not finite in epoch [1-4]").all()
+    fails = dict(failed.epochs + 1)
+    assert len(fails) > 3
+    expected = hyperband(29, lambda *at: values[at], fails, 9, 3)
+    assert dict(zip(trials.index, zip(trials.state, trials.epochs, strict=True), strict=True)) == expected
+    assert len(values) == simulation.groups.reports == trials.epochs.sum(), "no epoch is trained twice"

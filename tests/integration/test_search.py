@@ -9,6 +9,7 @@ import time
 
 import pytest
 import yaml
+from definitions import hyperband
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -282,9 +283,8 @@ def test_finished_trials_stay_as_they_are(hiertune, write_space, tmp_path):
     assert len(rows_of(run)) == 5
 
 
-@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
-def test_every_scheduler_ends_every_trial(hiertune, write_space, tmp_path, scheduler):
-    search = f"scheduler: {{kind: {scheduler}}}, refit: false, controls: false"
+def test_the_median_rule_ends_every_trial(hiertune, write_space, tmp_path):
+    search = "scheduler: {kind: median}, refit: false, controls: false"
     done = hiertune("search", write_space(search, trials=7, epochs=9), capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "runs" / "small")
@@ -292,6 +292,45 @@ def test_every_scheduler_ends_every_trial(hiertune, write_space, tmp_path, sched
     assert {row["state"] for row in rows} <= {"completed", "pruned"}
     for row in rows:
         assert (row["state"] == "completed") == (row["epochs"] == "9")
+
+
+@pytest.mark.parametrize(
+    "workers", [pytest.param(2, id="one group", marks=pytest.mark.long), pytest.param(1, id="two groups")]
+)
+def test_hyperband_stops_those_of_the_definition_also_when_it_is_interrupted(
+    hiertune, start_hiertune, write_space, tmp_path, workers
+):
+    text = SPACE.replace("{loguniform: [1.0e-3, 1.0e-1]}", "{choice: [1.0e-3, 1.0e-2, 3.0e-2, 1.0e+30]}")
+    text = text.replace("workers_per_trial: 2", f"workers_per_trial: {workers}")
+    search = "sampler: {kind: random}, scheduler: {kind: hyperband}, refit: false, controls: false"
+    run, space = tmp_path / "runs" / "small", write_space(search, trials=11, epochs=9, text=text)
+
+    def values():
+        with (run / "curves.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["metric"] == "val/accuracy/genus"]
+        return {(int(row["trial"]), int(row["epoch"])): float(row["value"]) for row in rows}
+
+    process = start_hiertune("search", space)
+    while not (run / "curves.csv").exists() or len(values()) < 5:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert {row["state"] for row in rows_of(run)} <= {"interrupted", "failed"}
+
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(run)
+    fails = {int(row["trial"]): int(row["epochs"]) + 1 for row in rows if row["state"] == "failed"}
+    assert fails == {int(row["trial"]): 1 for row in rows if float(row["param/optimizer.lr"]) > 1}
+    ends = {int(row["trial"]): (row["state"], int(row["epochs"])) for row in rows}
+    assert ends == hyperband(11, lambda *at: values()[at], fails)
+    assert sum(row["state"] == "completed" for row in rows) == 2
+    for row in rows:
+        if row["state"] != "failed":
+            assert float(row["val/accuracy/genus"]) == values()[int(row["trial"]), int(row["epochs"])]
+            assert float(row["objective"]) == float(row["val/accuracy/genus"])
 
 
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_search_goes_on(hiertune, write_space, tmp_path):

@@ -12,7 +12,8 @@ from ray.util import placement_group_table
 
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.search.capacity import GroupShape
-from hiertune.search.messages import Failed, Finished, Job
+from hiertune.search.follower import Follower
+from hiertune.search.messages import Failed, Finished, Job, Stopped
 from hiertune.search.pool import WorkerPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -117,6 +118,26 @@ def test_nothing_is_left_when_a_pool_closes(ray_session, make_job, tmp_path):
         time.sleep(0.1)
     assert workers_of(pool) == []
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
+
+
+def test_a_broker_that_is_killed_while_a_search_stops_does_not_forget_it(ray_session, make_job, tmp_path):
+    def kill_broker():
+        (broker,) = [each for each in psutil.Process().children(recursive=True) if "Broker" in _name(each)]
+        os.kill(broker.pid, signal.SIGKILL)
+
+    with WorkerPool(1, SHAPE, tmp_path / "ray") as pool:
+        metrics(pool.run(make_job("first", epochs=1)))
+        pool.halt()
+        kill_broker()
+        late = Follower(pool.broker, make_job("late"))
+        assert late.next() == Stopped()
+        late.stop()
+        pool.settle()
+        metrics(pool.run(make_job("last", epochs=1)))
+        kill_broker()  # its group begins anew, and comes to the third one
+        ray.get(pool.broker.close.remote())
+        kill_broker()
+    assert not any(thread.is_alive() for thread in pool._threads.values()), "they went home by themselves"
 
 
 def test_a_group_can_be_replaced_after_every_trial(ray_session, make_job, tmp_path):

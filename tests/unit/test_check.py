@@ -182,10 +182,6 @@ WARNED = {
         "mix.exclude_unknown (line 4): rows with unknown labels are mixed: their targets are known in part; "
         "true leaves them out"
     ],
-    "search: {scheduler: {kind: hyperband}}": [
-        "search.scheduler (line 4): hyperband: with fewer worker groups than a bracket has trials "
-        "it compares parts of them; asha has none"
-    ],
 }
 
 

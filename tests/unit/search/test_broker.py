@@ -233,7 +233,7 @@ def test_submitting_a_live_job_again_follows_it():
     run(scenario)
 
 
-def test_a_paused_job_is_submitted_again_only_when_its_workers_have_let_go():
+def test_a_stopped_job_is_submitted_again_only_when_its_workers_have_let_go():
     async def scenario():
         broker = Broker()
         await broker.open_generation("g", "a")
@@ -1018,5 +1018,123 @@ def test_settling_waits_until_every_held_job_is_saved():
         assert not settled.done()
         await broker.finish("g", "a", 0, OUTCOME)
         await settled
+
+    run(scenario)
+
+
+# ------------------------------------------------------------------ a job that is a part of a trial
+
+
+def part(until: int) -> Job:
+    return job("t").up_to(until)
+
+
+def test_a_part_ends_after_its_last_epoch_when_its_submitter_has_it_and_all_ranks_hear_it():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(part(2))
+        assert (await broker.take("g", "a", 0, 0)).id == "t-to-2"
+        for number in (1, 2):
+            reports = [asyncio.create_task(broker.report("g", "a", r, 0, epoch(number))) for r in (1, 0)]
+            assert await broker.advance("t-to-2", number - 1) == Reported(epoch(number))
+            await settle()
+            assert not any(report.done() for report in reports), "the submitter may not have it yet"
+            follow = asyncio.create_task(broker.advance("t-to-2", number))
+            decision = Decision.CONTINUE if number < 2 else Decision.STOP
+            assert await asyncio.gather(*reports) == [decision] * 2
+            if number < 2:
+                follow.cancel()
+        assert not follow.done(), "its checkpoint is not saved yet"
+        paused = Finished(TrialOutcome(epochs=2, stopped=True, metrics={}))
+        await broker.finish("g", "a", 0, paused.outcome)
+        assert await follow == paused
+        assert await broker.submit(part(2), 2) == 2, "another actor took its place"
+        assert await broker.advance("t-to-2", 2) == paused
+        # The next part is another job, whatever becomes of this one.
+        await broker.submit(part(6))
+        await broker.stop("t-to-2")
+        assert (await broker.take("g", "a", 0, 1)).id == "t-to-6"
+        assert await broker.jobs() == ["t-to-6"]
+
+    run(scenario)
+
+
+def test_the_whole_of_a_job_is_the_job():
+    assert job("t").up_to(None) == job("t")
+    assert (part(3).id, part(3).until, part(3).folder) == ("t-to-3", 3, job("t").folder)
+
+
+def test_a_part_whose_workers_are_lost_as_they_save_it_is_not_trained_beyond_its_end():
+    async def scenario():
+        broker = Broker()
+        await broker.open_generation("g", "a")
+        await broker.submit(part(1))
+        await broker.take("g", "a", 0, 0)
+        report = asyncio.create_task(broker.report("g", "a", 0, 0, epoch(1)))
+        await broker.advance("t-to-1", 0)
+        follow = asyncio.create_task(broker.advance("t-to-1", 1))
+        assert await report is Decision.STOP
+        await broker.open_generation("g", "b")
+        event = await follow
+        assert event.outcome == TrialOutcome(epochs=1, stopped=True, metrics={})
+        assert [incident.fault for incident in event.incidents] == ["crashed"]
+        # Nor where the broker itself was.
+        broker = Broker()
+        assert await broker.submit(part(1), 1) == 1
+        assert await broker.advance("t-to-1", 1) == Finished(event.outcome)
+
+    run(scenario)
+
+
+# ------------------------------------------------------- a broker that Ray starts in the place of one it lost
+
+
+def test_a_broker_that_is_restarted_while_a_search_stops_trains_no_job_until_it_goes_on(tmp_path):
+    async def scenario():
+        orders = tmp_path / "ray" / "broker.json"
+        await Broker(orders=orders).halt()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "b")
+        assert await broker.submit(job("held"), after=2) == 2  # its worker group was lost to it
+        assert await broker.advance("held", 2) == Stopped()
+        await broker.go_on()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "c")
+        await broker.submit(job("after"))
+        assert (await broker.take("g", "c", 0, 0)).id == "after"
+
+    run(scenario)
+
+
+def test_a_broker_that_is_restarted_sends_workers_home_if_the_one_before_would_have(tmp_path):
+    async def scenario():
+        orders = tmp_path / "broker.json"
+        await Broker(orders=orders).close()
+        broker = Broker(orders=orders)
+        await broker.open_generation("g", "b")
+        assert await broker.take("g", "b", 0, 0) is None
+
+    run(scenario)
+
+
+def test_a_broker_that_is_restarted_fails_every_job_if_workers_could_not_be_started(tmp_path):
+    async def scenario():
+        orders = tmp_path / "broker.json"
+        await Broker(orders=orders).abort("no module caf\udce9")
+        broker = Broker(orders=orders)
+        await broker.submit(job("t"))
+        assert await broker.advance("t", 0) == Failed("no module caf\udce9", "not_started")
+
+    run(scenario)
+
+
+def test_a_broker_whose_orders_cannot_be_written_obeys_them(tmp_path):
+    async def scenario():
+        (tmp_path / "file").touch()
+        broker = Broker(orders=tmp_path / "file" / "broker.json")
+        await broker.halt()
+        await broker.submit(job("t"))
+        assert await broker.advance("t", 0) == Stopped()
 
     run(scenario)

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from hiertune.config import DataConfig, TrialConfig
 from hiertune.search.display import Display
 from hiertune.search.ledger import TrialRecord
 from hiertune.search.outputs import write_trials
@@ -61,3 +62,17 @@ def test_what_a_terminal_would_obey_is_written_out():
     assert "\x1b" not in out.getvalue()
     assert r"no class \x1b]0;x" in out.getvalue()
     assert r"worker \x1b[2J" in out.getvalue()
+
+
+def test_a_trial_that_waits_has_no_line_of_its_own():
+    out, waiting = io.StringIO(), set()
+    console = Console(file=out, width=200, height=40)
+    config = TrialConfig(data=DataConfig(path="none.h5"))
+    display = Display(console, 3, "val/loss", "min", lambda: "", waiting.__contains__)
+    for number in range(3):
+        display.trial_started(number, config, {})
+    waiting |= {0, 2}
+    console.print(display._render())
+    lines = [line.strip() for line in out.getvalue().splitlines() if "trial " in line or "waiting" in line]
+    assert [line.split("  ")[0] for line in lines] == ["\u25b8 trial", "2 waiting"]
+    assert lines[0].split()[2] == "1"

@@ -412,18 +412,6 @@ def result(epoch, value, **more):
     }
 
 
-def test_a_trial_that_is_stopped_while_it_is_paused_ends_with_its_last_epoch(search):
-    searcher, ledger, *_ = search
-    searcher.suggest("t")
-    searcher.on_trial_result("t", result(1, 0.4, state="running"))
-    searcher.on_trial_result("t", result(2, 0.5, state="running"))
-    searcher.on_trial_complete("t")  # as Tune does where Hyperband drops it from a bracket
-    record = ledger.records()[0]
-    assert (record.state, record.value, record.epochs) == ("pruned", 0.5, 2)
-    assert record.reason == "stopped by the scheduler after epoch 2"
-    assert record.metrics == {"val/accuracy": 0.5, "lr": 0.1}
-
-
 def test_a_completed_trial(search):
     searcher, ledger, recorder, _ = search
     given = searcher.suggest("t")

@@ -129,5 +129,5 @@ def test_a_trial_that_goes_on_is_counted_once():
 
 
 @pytest.mark.parametrize("config", [NoSchedulerConfig(), HyperbandConfig()])
-def test_other_schedulers_begin_anew(config):
+def test_where_tune_stops_nobody_it_remembers_nothing(config):
     assert not hasattr(build_scheduler(config, EPOCHS, Memory()), "memory")
