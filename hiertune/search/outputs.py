@@ -21,6 +21,14 @@ if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused searc
 LOGITS = "val_logits.safetensors"
 SESSION = "session.json"
 """In storage: who runs the search."""
+OWN = ".session"
+"""In the run folder: the session that wrote it last, and where it is stored."""
+
+
+def is_search(folder: Path) -> bool:
+    """Whether a folder is one of a search that was begun."""
+    marks = ("search.lock", "ledger.log", "ledger.json", "trials.csv")
+    return any(os.path.exists(folder / mark) for mark in marks)  # pathlib raises for a name that is too long
 
 
 class RunFolder:

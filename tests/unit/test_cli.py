@@ -250,7 +250,26 @@ def test_a_time_budget_replaces_that_of_the_file(folder, text, seconds):
 
 
 def test_only_a_search_that_runs_can_be_stopped(folder, capsys):
-    assert "there is no search 'it'" in refused(capsys, "stop", "it")
+    assert "runs: there is no search of this name: it" in refused(capsys, "stop", "it")
+    for name in ("../it", "", ".", "/etc", "x" * 300, "a\0b"):
+        assert "there is no search of this name" in refused(capsys, "stop", name)
+
+
+def test_a_search_is_found_by_name_and_by_folder(folder, capsys):
+    """By every command that takes one."""
+    run = folder / "kept" / "it"
+    run.mkdir(parents=True)
+    run.joinpath("trials.csv").write_text("trial,state,objective\n0,completed,0.5\n")
+    (folder / "it").mkdir()
+    (folder / "it" / "space.yaml").write_text(GOOD)  # a folder of the same name that is no search's
+    for words in (["it", "--runs", "kept"], ["kept/it"], [str(run)], ["it", "--runs", str(folder / "kept")]):
+        assert done(capsys, "report", *words).endswith("kept/it/report.html\n")
+        assert "kept/it: has no winner (yet)" in refused(capsys, "decode", *words)
+        assert "it is not running; it goes on with" in refused(capsys, "stop", *words)
+        assert "no search of this name was tracked" in refused(capsys, "track", "status", *words)
+    for command in ("report", "decode", "stop"):
+        said = refused(capsys, command, "other", "--runs", "kept")
+        assert said == "error: kept: there is no search of this name: other\n  allowed: it\n"
 
 
 def test_ctrl_c_while_a_search_is_checked_ends_at_once(folder):
