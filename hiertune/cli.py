@@ -92,7 +92,9 @@ def search(
                 name=name,
                 trials=trials,
                 time_budget=time_budget,
-                resume=None if go_on else resume,
+                # A dry run of a name that exists shows what going on with it would be.
+                resume=None if go_on or (dry_run and not resume) else resume,
+                dry_run=dry_run,
             )
             for text in plan.warnings:
                 console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)

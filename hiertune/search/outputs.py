@@ -116,6 +116,12 @@ class RunFolder:
         except OSError as error:
             raise _no_place(self.root, f"can't be made: {error.strerror}") from None
 
+    def remove_unused(self) -> None:
+        """Remove a folder that has nothing but what a process writes when it takes it."""
+        taken = {self.lock, self.owner, self.request, self.root / OWN}
+        if set(self.root.iterdir()) <= taken:
+            shutil.rmtree(self.root, ignore_errors=True)
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
         there: Path | Folder | None = self.root if self.root.exists() else None

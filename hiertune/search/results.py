@@ -14,10 +14,12 @@ from rich.table import Table
 
 from hiertune._programs import as_typed
 from hiertune._text import visible
+from hiertune.record import recorded
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import count_states
 from hiertune.search.plan import SearchPlan
+from hiertune.search.resume import space_of
 from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
 
 _LEADERBOARD_ROWS = 10
@@ -274,3 +276,19 @@ def print_plan(console: Console, plan: SearchPlan) -> None:
         f"scheduler {search.scheduler.kind}; tracking to {escape(display_uri(plan.tracking_uri))}",
         highlight=False,
     )
+    if plan.resume:
+        console.print("\n" + escape(visible(outlook(plan), keep="\n")), highlight=False, soft_wrap=True)
+
+
+def outlook(plan: SearchPlan) -> str:
+    """What `--resume` does with a search that is there already; its ledger is only read."""
+    folder, command = plan.folder, resume_command(plan)
+    if plan.behind:
+        return f"a search of this name exists in {folder.storage}; fetch it and go on with:\n  {command}"
+    if not folder.root.exists():
+        return f"a search of this name exists in {plan.ledger}; go on with:\n  {command}"
+    text, records = recorded(plan.ledger) if folder.begun else ("", [])
+    changed = text != "" and space_of(text, folder).tree != plan.space.tree
+    revised = "; its space was changed: trials that this one can't produce will count no more" * changed
+    progress = progress_line(records, plan.trials)
+    return f"a search of this name exists: {folder.root}; {progress}{revised}; go on with:\n  {command}"
