@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hiertune._programs import as_typed
+from hiertune._programs import SUBMITTED_BY, as_typed, near
 from hiertune._text import visible
 from hiertune.record import recorded
 from hiertune.search.budget import Ending, as_duration
@@ -48,7 +48,7 @@ def delivered_line(delivery: Delivery, run: Path) -> str:
 def sync_command(run: Path) -> str:
     words = [as_typed("hiertune"), "track", "sync", shlex.quote(run.name)]
     if run.parent != Path("runs").resolve():
-        words += ["--runs", shlex.quote(os.path.relpath(run.parent))]
+        words += ["--runs", shlex.quote(near(run.parent))]
     return " ".join(words)
 
 
@@ -132,7 +132,7 @@ def decoding_line(decoding: dict[str, Any], metric: str) -> str:
 
 def next_commands(plan: SearchPlan, summary: dict[str, Any], decode: bool = False) -> dict[str, str]:
     """What a user will want to type or open after a search."""
-    folder, program = os.path.relpath(plan.folder.root), as_typed("hiertune")
+    folder, program = near(plan.folder.root), as_typed("hiertune")
     command, page = ui_command(plan.tracking_uri), runs_page(plan.tracking_uri)
     compare = "Compare the runs in MLflow"
     return {
@@ -169,10 +169,13 @@ def resume_command(plan: SearchPlan, **instead: str) -> str:
 
 
 def search_command(plan: SearchPlan, *flags: str, **instead: str) -> str:
+    submitted = os.environ.get(SUBMITTED_BY)
     words = [as_typed("hiertune"), "search", shlex.quote(str(plan.space.file)), *flags]
+    if submitted:  # begins a search or goes on with it, and wants to be told where the runs are
+        words = [submitted]
     runs = plan.folder.root.parent
-    if runs != Path("runs").resolve():
-        words += ["--runs", shlex.quote(os.path.relpath(runs))]
+    if submitted or runs != Path("runs").resolve():
+        words += ["--runs", shlex.quote(near(runs))]
     if plan.config.name != plan.space.config.name:
         words += ["--name", plan.config.name]
     for option, value in {**plan.given, **instead}.items():

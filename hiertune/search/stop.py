@@ -16,6 +16,7 @@ import filelock
 from rich.console import Console
 from rich.markup import escape
 
+from hiertune._programs import SUBMITTED_BY
 from hiertune._text import visible
 from hiertune.errors import InputError
 from hiertune.search.interrupt import NOW, STOP
@@ -52,7 +53,9 @@ def stop_search(run: Path, now: bool, console: Console) -> None:
 
 def write_command(folder: RunFolder, command: str) -> None:
     """Keep the command that resumes a search beside what it resumes."""
-    replace_text(folder.resume, f"cd {shlex.quote(os.getcwd())} && {command}\n")
+    # That of a job is typed elsewhere, and the job's own folder is temporary.
+    where = "" if os.environ.get(SUBMITTED_BY) else f"cd {shlex.quote(os.getcwd())} && "
+    replace_text(folder.resume, f"{where}{command}\n")
 
 
 def _runs(folder: RunFolder) -> bool:
