@@ -120,6 +120,8 @@ def test_settings_in_the_jobs_own_folder_are_refused_before_anything_is_sent(tmp
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {variable}: ")
         assert f": {value!r} {lost}\n  {seen}; " in done.stderr
+    done = run_submit(space, HIERTUNE_LEDGER="postgresql//me:hush@host/db")
+    assert f"HIERTUNE_LEDGER: ledger: '***' {lost}" in done.stderr
 
 
 def test_addresses_and_absolute_paths_are_submitted(tmp_path, without_addresses):
