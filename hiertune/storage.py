@@ -405,7 +405,7 @@ def _holds_credentials(text: str) -> bool:
 
 def open_storage(text: str, key: str = "storage", *, writing: bool = True, **where: Any) -> Folder:
     """The folder at `text`, after a small file was written there, read and removed; or, without `writing`,
-    after a look into it. Nothing stays there.
+    after a look into it. Nothing stays there, but for the mark of an empty folder that pyarrow makes on S3.
 
     Raises InputError that names `key`, the address without credentials, what is wrong and what is allowed:
     a bad address, a place that doesn't answer, a bucket that isn't there, no right to write. `where` may
