@@ -77,14 +77,22 @@ def connect_arguments(url: str) -> dict[str, Any]:
     }
 
 
-def check_reachable(url: str) -> None:
-    """InputError unless the database answers."""
+def check_reachable(url: str, *, new: bool = True) -> None:
+    """InputError unless the database answers, and has a ledger in it or may be `new`. Makes nothing."""
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(_parse(url), **connect_arguments(url))
+    parsed = _parse(url)
+    is_file = parsed.get_backend_name() == "sqlite" and "uri" not in parsed.query
+    if is_file and not (file := Path(parsed.database or "").absolute()).exists():
+        if not (new and file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
+            raise unreachable(url, FileNotFoundError("unable to open database file"))
+        return
+    engine = sqlalchemy.create_engine(parsed, **connect_arguments(url))
     try:
-        with engine.connect():
-            pass
+        with engine.connect() as connection:
+            if not new and not sqlalchemy.inspect(connection).has_table("studies"):  # Optuna's
+                allowed = "the database that the search was begun with"
+                raise InputError(f"{display_ledger(url)!r} holds no searches", key="ledger", allowed=allowed)
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise unreachable(url, error) from None
     finally:

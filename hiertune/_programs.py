@@ -8,6 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+SUBMITTED_BY = "HIERTUNE_SUBMITTED_BY"
+"""Environment variable of a search that was submitted to a cluster: the command that did so, with the space
+file, ready for the shell of the machine where it was typed. The same command goes on with the search."""
+
+
+def near(path: Path) -> str:
+    """A path as it is best typed: below this folder relative to it, else absolute."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
 
 def as_typed(name: str) -> str:
     """The console script `name`, ready for the shell that this was started from.

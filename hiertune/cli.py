@@ -92,7 +92,9 @@ def search(
                 name=name,
                 trials=trials,
                 time_budget=time_budget,
-                resume=None if go_on else resume,
+                # A dry run of a name that exists shows what going on with it would be.
+                resume=None if go_on or (dry_run and not resume) else resume,
+                dry_run=dry_run,
             )
             for text in plan.warnings:
                 console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
@@ -143,16 +145,19 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     sys.exit(code)
 
 
+Search = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or its folder.")]
+
+
 @app.command()
 def stop(
-    name: Annotated[str, typer.Argument(help="Name of a search that runs, here or on another machine.")],
+    name: Search,
     runs: Runs = Path("runs"),
     now: Annotated[bool, typer.Option("--now", help="At once, without the current epochs.")] = False,
 ) -> None:
-    """Stop a running search as Ctrl-C would, and say how it goes on."""
+    """Stop a search that runs, here or on another machine, as Ctrl-C would, and say how it goes on."""
     from hiertune.search.stop import stop_search
 
-    stop_search(runs, name, now, Console())
+    stop_search(_run_of(name, runs), now, Console())
 
 
 def _anew() -> list[str]:
@@ -200,7 +205,8 @@ def predict(
 
 @app.command()
 def decode(
-    run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")],
+    name: Search,
+    runs: Runs = Path("runs"),
     metric: Annotated[
         str | None, typer.Option(help="Choose by this val/ metric, instead of the search's objective.")
     ] = None,
@@ -210,7 +216,7 @@ def decode(
     """Compare ways to turn the winner's logits into names, without training."""
     from hiertune.posthoc import decode_winner
 
-    decode_winner(run, metric, save=save, show_all=show_all, console=Console())
+    decode_winner(_run_of(name, runs), metric, save=save, show_all=show_all, console=Console())
 
 
 @app.command()
@@ -229,11 +235,11 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A search's folder, runs/NAME.")]) -> None:
+def report(name: Search, runs: Runs = Path("runs")) -> None:
     """Write report.html of a finished or running search."""
     from hiertune.report import write_report
 
-    text = f"wrote {write_report(run)}"
+    text = f"wrote {write_report(_run_of(name, runs))}"
     Console().print(escape(visible(text)), highlight=False, soft_wrap=True)
 
 
@@ -245,9 +251,6 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-Search = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or its folder.")]
-
-
 @track_app.command("sync")
 def track_sync(
     name: Search,
@@ -257,7 +260,7 @@ def track_sync(
     """Deliver to MLflow what a search could not deliver."""
     from hiertune.tracking import at_work, sync
 
-    console, run = Console(), _tracked_run(name, runs)
+    console, run = Console(), _run_of(name, runs, tracked=True).resolve()
     if at_work(run):
         console.print("the search still runs: waiting for its own delivery", highlight=False)
     with console.status("delivering"):
@@ -272,22 +275,25 @@ def track_status(name: Search, runs: Runs = Path("runs")) -> None:
     """Show how much of a search is in MLflow."""
     from hiertune.tracking import at_work, delivery
 
-    console, run = Console(), _tracked_run(name, runs)
+    console, run = Console(), _run_of(name, runs, tracked=True).resolve()
     if at_work(run):
         console.print("the search still runs", highlight=False)
     _show_delivery(console, run, delivery(run))
 
 
-def _tracked_run(name: str, runs: Path) -> Path:
-    """The folder of a search: `name` in `runs`, or a folder as it is."""
+def _run_of(name: str, runs: Path, *, tracked: bool = False) -> Path:
+    """The folder of a search, or of one that was tracked: `name` in `runs`, or a folder as it is."""
+    from hiertune.search.outputs import is_search
     from hiertune.tracking import is_tracked
 
+    is_one = is_tracked if tracked else is_search
+    problem = "no search of this name was tracked" if tracked else "there is no search of this name"
     for folder in (Path(name), runs / name):
-        if is_tracked(folder):
-            return folder.resolve()
-    known = sorted(folder.name for folder in runs.glob("*") if is_tracked(folder))
+        if is_one(folder):
+            return folder
+    known = sorted(folder.name for folder in runs.glob("*") if is_one(folder))
     raise InputError(
-        f"no search of this name was tracked: {name}",
+        f"{problem}: {name}",
         file=runs,
         allowed=", ".join(known) or "a name in that folder (--runs), or the folder of a search",
     )

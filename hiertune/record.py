@@ -155,6 +155,17 @@ def searches_in(storage: BaseStorage) -> list[tuple[Identity, FrozenStudy]]:
     return [(Identity(**study.user_attrs[SEARCH]), study) for study in studies]
 
 
+def recorded(place: Place) -> tuple[str, list[TrialRecord]]:
+    """What a ledger says now: the text of the space, empty where that is not known, and the trials."""
+    storage = open_storage(place)
+    study = newest_study(place, storage)
+    if study is None:
+        return "", []
+    identity = study.user_attrs.get(SEARCH, {})
+    trials = storage.get_all_trials(study._study_id, deepcopy=False)
+    return identity.get("space", ""), [record_of(trial) for trial in trials]
+
+
 def newest_study(place: Place, storage: BaseStorage) -> FrozenStudy | None:
     """The study that counts for `place`; None if there is none yet.
 

@@ -403,8 +403,9 @@ def _holds_credentials(text: str) -> bool:
     )
 
 
-def open_storage(text: str, key: str = "storage", **where: Any) -> Folder:
-    """The folder at `text`, after a small file was written there, read and removed.
+def open_storage(text: str, key: str = "storage", *, writing: bool = True, **where: Any) -> Folder:
+    """The folder at `text`, after a small file was written there, read and removed; or, without `writing`,
+    after a look into it. Nothing stays there, but for the mark of an empty folder that pyarrow makes on S3.
 
     Raises InputError that names `key`, the address without credentials, what is wrong and what is allowed:
     a bad address, a place that doesn't answer, a bucket that isn't there, no right to write. `where` may
@@ -416,7 +417,7 @@ def open_storage(text: str, key: str = "storage", **where: Any) -> Folder:
     if scheme in _CREDENTIALS:
         allowed = f"a folder that can be read and written; credentials come from {_CREDENTIALS[scheme]}"
     try:
-        _within(_PROBE_S, functools.partial(_try_out, text, scheme))
+        _within(_PROBE_S, functools.partial(_try_out, text, scheme, writing))
         return Folder.at(text)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
@@ -462,18 +463,31 @@ def local_copy(address: str, *parts: str) -> Iterator[Path]:
         yield Path(here)
 
 
-def _try_out(text: str, scheme: str) -> None:
+def _try_out(text: str, scheme: str, writing: bool) -> None:
     folder = Folder.at(text) if scheme == "file" else RemoteFolder.open(text, patient=False)
     name = f".hiertune-{os.getpid()}-{time.time_ns()}"
-    before = isinstance(folder, LocalFolder) and folder.path.exists()
     if not folder.local:
         folder.exists(name)  # of all requests, this one is given up soonest
-    folder.write_bytes(name, b"hiertune\n")
-    if folder.read_bytes(name) != b"hiertune\n":
-        raise OSError("gives back something else than was written")
-    folder.remove(name)
-    if isinstance(folder, LocalFolder) and not before:
-        folder.path.rmdir()
+    if not writing:
+        return
+    with _as_it_was(folder):
+        folder.write_bytes(name, b"hiertune\n")
+        if folder.read_bytes(name) != b"hiertune\n":
+            raise OSError("gives back something else than was written")
+        folder.remove(name)
+
+
+@contextlib.contextmanager
+def _as_it_was(folder: Folder) -> Iterator[None]:
+    """Folders of this disk that are made within are removed again, unless somebody else uses them by then."""
+    paths = [folder.path, *folder.path.parents] if isinstance(folder, LocalFolder) else []
+    made = [path for path in paths if not path.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:

@@ -78,7 +78,7 @@ def check_leftovers(case: Case) -> Iterator[Finding]:
 
 
 def _is_search(folder: Path) -> bool:
-    return (folder / "ledger.log").exists() or (folder / SPOOL).exists()
+    return RunFolder(folder).begun or (folder / SPOOL).exists()
 
 
 def _leftovers(run: RunFolder) -> Iterator[Finding]:
@@ -101,7 +101,7 @@ def _leftovers(run: RunFolder) -> Iterator[Finding]:
             why,
             f"{as_typed('hiertune')} track sync {shlex.quote(str(run.root))}",
         )
-    if not alive and run.ledger.exists() and not run.summary.exists():
+    if not alive and run.begun and not run.summary.exists():
         why = "its finished trials are kept, and it has no winner yet"
         advice = "the command that began it, with --resume; or remove the folder"
         yield warning("leftovers", f"{name}: was broken off", why, advice)

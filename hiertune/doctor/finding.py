@@ -115,11 +115,14 @@ class _Running:
         ]
 
 
-def probe(name: str, arguments: Mapping[str, Any], seconds: float, check: str) -> list[Finding]:
+def probe(
+    name: str, arguments: Mapping[str, Any], seconds: float, check: str, late: Finding | None = None
+) -> list[Finding]:
     """Run a function of `hiertune.doctor.probes` in a process of its own.
 
     For what may crash, hang without letting go of the interpreter, or leave something behind: HDF5, gloo,
-    CUDA and Ray. The process is ended after `seconds`, and what ended it early is a finding.
+    CUDA and Ray. The process is ended after `seconds`, which is a finding (`late`), and so is what ended it
+    early.
     """
     command = [sys.executable, "-m", "hiertune.doctor", name, json.dumps(dict(arguments))]
     root = str(Path(__file__).resolve().parents[2])
@@ -134,7 +137,7 @@ def probe(name: str, arguments: Mapping[str, Any], seconds: float, check: str) -
         )
     except subprocess.TimeoutExpired:
         why, advice = "a search would wait for the same thing", "see what it waits for: a server, a disk?"
-        return [problem(check, f"no answer within {seconds:g} s", why, advice)]
+        return [late or problem(check, f"no answer within {seconds:g} s", why, advice)]
     lines = done.stdout.decode(errors="replace").splitlines()
     found = [Finding(**json.loads(line.removeprefix(MARK))) for line in lines if line.startswith(MARK)]
     if done.returncode != 0:

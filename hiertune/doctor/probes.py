@@ -18,14 +18,7 @@ def examine_space(space: str, runs: str) -> Iterator[Finding]:
 
     file, folder = Path(space), Path(runs)
     try:
-        try:
-            plan = plan_search(file, folder)
-            began = ""
-        except InputError as error:
-            if error.key != "name":
-                raise
-            plan = plan_search(file, folder, resume=True)
-            began = "; a search of this name was begun: --resume goes on with it"
+        plan = plan_search(file, folder, resume=None, dry_run=True, probe=False)
     except InputError as error:
         said, _, allowed = str(error).partition("\n  allowed: ")
         yield problem("space", said, "the search would not start", allowed or "correct the file")
@@ -33,6 +26,7 @@ def examine_space(space: str, runs: str) -> Iterator[Finding]:
     for text in plan.warnings:
         yield warning("space", text, "it can be searched, but is seldom meant", "see whether it is")
     data = plan.data
+    began = "; a search of this name was begun: --resume goes on with it" if plan.resume else ""
     yield ok("space", f"{plan.trials} trials for {plan.metric}{began}")
     yield ok("data", f"{data.source}: {len(data):,} rows, {len(data.levels)} levels")
 

@@ -22,6 +22,8 @@ from hiertune.tracking import check_uri, display_uri, resolve_uri
 
 SERVER_SECONDS = 4.0
 """How long a server may take to answer."""
+RAY_SECONDS = 60.0
+"""How long Ray may take to start, or a cluster to be joined."""
 
 
 # ----------------------------------------------------------------------------------------- Ray
@@ -115,7 +117,32 @@ def check_ray(case: Case) -> Iterator[Finding]:
     if case.cluster is None and not case.start_ray:
         yield ok("ray", "starts on this machine, on loopback alone (--start-ray tries it)")
         return
-    yield from probe("ray", {"runs": str(case.runs)}, 60.0, "ray")
+    if case.cluster is None:
+        why, advice = "every search runs in Ray", "see the logs under /tmp/ray/session_latest/logs"
+        late = problem("ray", f"does not start within {RAY_SECONDS:g} s", why, advice)
+    else:
+        why = "the search is to run in the cluster that RAY_ADDRESS names, and would wait for it"
+        advice = (
+            "see that it runs (`ray status` on its head) and that its port can be reached from here; or "
+            "correct RAY_ADDRESS; or unset it, to start Ray on this machine"
+        )
+        if (said := _no_listener(case.cluster)) is not None:
+            yield problem("ray", f"nothing answers at {case.cluster}: {said}", why, advice)
+            return
+        late = problem("ray", f"{case.cluster} gives no answer within {RAY_SECONDS:g} s", why, advice)
+    yield from probe("ray", {"runs": str(case.runs)}, RAY_SECONDS, "ray", late)
+
+
+def _no_listener(address: str) -> str | None:
+    """Why nothing can be reached at HOST:PORT; None if something can, or the address is of another form."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), SERVER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return None
 
 
 # -------------------------------------------------------------------------------------- MLflow

@@ -191,7 +191,6 @@ def _mirrored(folder: RunFolder, console: Console, interruption: Interruption) -
     def say(text: str) -> None:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    folder.make()
     try:
         mirror = Mirror(folder, say)
     except OSError as error:

@@ -129,7 +129,7 @@ class Ledger:
             importlib.metadata.version("hiertune"),
         )
         if resume and place.url is not None and place.uid is None:
-            place.point(_only_search(place, storage, name))
+            place.point(only_search(place, storage, name))
         found = newest_study(place, storage)
         if found is None:
             if resume and place.url is not None:
@@ -551,7 +551,7 @@ def _begin_study(place: Place, storage: BaseStorage, identity: Identity) -> int:
     return study_id
 
 
-def _only_search(place: Place, storage: BaseStorage, name: str) -> str:
+def only_search(place: Place, storage: BaseStorage, name: str) -> str:
     """The uid of the search of that name in a database, for a folder that is not there (any more)."""
     named = [(identity, study) for identity, study in searches_in(storage) if identity.name == name]
     uids = sorted({found.uid for found, study in named if storage.get_n_trials(study._study_id)})

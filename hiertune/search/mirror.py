@@ -12,6 +12,7 @@ whole lines only.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import logging
@@ -23,7 +24,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 
 from hiertune import _process
 from hiertune.errors import InputError
-from hiertune.search.outputs import LOGITS, SESSION, RunFolder
+from hiertune.search.outputs import LOGITS, OWN, SESSION, RunFolder
 from hiertune.storage import Folder, patiently
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ LEDGER = "ledger.log"
 GROWING = ("tracking.jsonl", "curves.csv", LEDGER, "search.log")
 """Files that are only appended to, by lines. What the ledger says of trials, the first two must have too."""
 WHOLE = ("*.yaml", "*.csv", "*.json", "*.html")
-_OWN = ".session"
-"""In the run folder: the session that wrote it last, and where it is stored."""
 
 INTERVAL_S = 10.0
 """How often what is not a trial's end is sent."""
@@ -271,6 +270,7 @@ class Mirror:
         assert folder.storage is not None
         self._folder, self._root, self._storage, self._say = folder, folder.root, folder.storage, say
         refuse_running(self._storage)
+        folder.make()
         self.session = Session.new()
         self.session.write(self._storage)
         _note(self._root, self.session, self._storage)
@@ -453,7 +453,20 @@ class Mirror:
 def bring_back(folder: RunFolder) -> None:
     """Before a search is resumed: let the run folder have what storage has, if another machine went on.
 
-    Raises InputError when both went on without the other.
+    Raises InputError while another process runs the search, and as `is_behind` does.
+    """
+    with _read_from(folder.storage):
+        if folder.storage is not None:
+            refuse_running(folder.storage)
+        if is_behind(folder):
+            assert folder.storage is not None
+            fetch(folder.storage, folder.root)
+
+
+def is_behind(folder: RunFolder) -> bool:
+    """Whether another machine went on with the search, or began it. Only reads.
+
+    Raises InputError when both went on without the other, or storage is not what the search has.
     """
     noted = _noted(folder.root)
     if folder.storage is None:
@@ -463,17 +476,20 @@ def bring_back(folder: RunFolder) -> None:
                 key="storage",
                 allowed=f"the place without '/{folder.root.name}', as when the search was begun",
             )
-        return
-    try:
-        refuse_running(folder.storage)
+        return False
+    with _read_from(folder.storage):
         session = Session.read(folder.storage)
         if session is None or (noted is not None and noted["id"] == session.id):
-            return
-        if folder.root.exists() and not _behind(folder):
-            return
-        fetch(folder.storage, folder.root)
+            return False
+        return not folder.root.exists() or _lacks_some(folder)
+
+
+@contextlib.contextmanager
+def _read_from(storage: Folder | None) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise InputError(f"can't be read from {folder.storage}: {error}", key="storage") from error
+        raise InputError(f"can't be read from {storage}: {error}", key="storage") from error
 
 
 def fetch(storage: Folder, root: Path) -> None:
@@ -522,7 +538,7 @@ def _fetch_winners_logits(storage: Folder, root: Path) -> None:
     RunFolder(root, storage).fetch_logits(winner)
 
 
-def _behind(folder: RunFolder) -> bool:
+def _lacks_some(folder: RunFolder) -> bool:
     """Whether storage has all that this machine knows, and may have more."""
     assert folder.storage is not None
     if not folder.ledger.exists():
@@ -543,12 +559,12 @@ def _behind(folder: RunFolder) -> bool:
 
 def _note(root: Path, session: Session, storage: Folder) -> None:
     text = json.dumps({"id": session.id, "storage": str(storage)})
-    (root / _OWN).write_text(text, encoding="utf-8")
+    (root / OWN).write_text(text, encoding="utf-8")
 
 
 def _noted(root: Path) -> dict[str, Any] | None:
     try:
-        noted = json.loads((root / _OWN).read_text("utf-8"))
+        noted = json.loads((root / OWN).read_text("utf-8"))
         return {"id": str(noted["id"]), "storage": str(noted["storage"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

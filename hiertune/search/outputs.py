@@ -21,6 +21,14 @@ if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused searc
 LOGITS = "val_logits.safetensors"
 SESSION = "session.json"
 """In storage: who runs the search."""
+OWN = ".session"
+"""In the run folder: the session that wrote it last, and where it is stored."""
+
+
+def is_search(folder: Path) -> bool:
+    """Whether a folder is one of a search that was begun."""
+    marks = ("search.lock", "ledger.log", "ledger.json", "trials.csv")
+    return any(os.path.exists(folder / mark) for mark in marks)  # pathlib raises for a name that is too long
 
 
 class RunFolder:
@@ -107,6 +115,12 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _no_place(self.root, f"can't be made: {error.strerror}") from None
+
+    def remove_unused(self) -> None:
+        """Remove a folder that has nothing but what a process writes when it takes it."""
+        taken = {self.lock, self.owner, self.request, self.root / OWN}
+        if set(self.root.iterdir()) <= taken:
+            shutil.rmtree(self.root, ignore_errors=True)
 
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""

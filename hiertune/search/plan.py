@@ -16,7 +16,7 @@ from hiertune.check import check_with_data, warnings_with_data
 from hiertune.config import GridConfig, SearchConfig, SearchSection, TrialConfig
 from hiertune.errors import InputError, about
 from hiertune.search.capacity import GroupShape, groups_that_fit, local_nodes
-from hiertune.search.mirror import bring_back
+from hiertune.search.mirror import bring_back, is_behind
 from hiertune.search.outputs import RunFolder
 from hiertune.space import Space, load_space, located
 from hiertune.storage import Folder, open_storage
@@ -43,6 +43,10 @@ class SearchPlan:
     """What can be searched, but is seldom meant."""
     given: Mapping[str, str] = field(default_factory=dict)
     """Options that were given instead of the file's, as typed: a resumed search needs them again."""
+    bare: bool = False
+    """Whether the search to go on with was killed before anything was recorded, and begins again."""
+    behind: bool = False
+    """Whether storage has more of the search than the run folder; only of a dry run."""
 
     @property
     def metric(self) -> str:
@@ -70,6 +74,8 @@ def plan_search(
     trials: int | None = None,
     time_budget: str | None = None,
     resume: bool | None = False,
+    dry_run: bool = False,
+    probe: bool = True,
 ) -> SearchPlan:
     """Read and check a space file with all that it refers to.
 
@@ -80,26 +86,20 @@ def plan_search(
         trials: instead of the file's own; with `resume`, the number to extend to.
         time_budget: instead of the file's own: seconds, or with a unit.
         resume: go on with the search of that name; None: if it was begun.
+        dry_run: what storage has of a search that goes on stays there; else it is brought to the run folder.
+        probe: write a file to storage, and remove it again; else storage is only looked at.
 
     Raises:
-        InputError: for anything that would keep the search from running.
+        InputError: for anything that would keep the search from running. Nothing was made then, but perhaps
+            the run folder from what storage has.
     """
     space = load_space(file)
-    config = space.config
-    if name is not None:
-        config = _renamed(config, name)
-    if time_budget is not None:
-        config = _with_time_budget(config, time_budget)
+    config = with_options(space.config, name, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
     folder.require_writable()
     if resume is False:
         folder.require_new()
-    folder = RunFolder(folder.root, _storage(space, config, folder.root))
-    if resume is not False:
-        bring_back(folder)
-    if resume is None:
-        resume = folder.begun or folder.is_bare
-    ledger = _ledger_of(space, config, folder, resume)
+    folder = RunFolder(folder.root, _storage(space, config, folder.root, probe))
     uri = resolve_uri(config.tracking.uri, runs)
     if uri != f"sqlite:///{runs.resolve()}/mlflow.db":  # that one is made with the runs folder
         line = space.line_of("tracking.uri")
@@ -113,6 +113,14 @@ def plan_search(
     wanted = trials or config.search.trials
     if isinstance(config.search.sampler, GridConfig):
         wanted = int(min(wanted, space.size()))
+    behind = False
+    if resume is not False and dry_run:
+        behind = is_behind(folder)
+    elif resume is not False:
+        bring_back(folder)  # after all else: what it makes stays
+    if resume is None:
+        resume = folder.begun or folder.is_bare or behind
+    ledger = _ledger_of(space, config, folder, resume, behind)
     given = {"trials": trials, "time-budget": time_budget}
     return SearchPlan(
         space,
@@ -125,11 +133,13 @@ def plan_search(
         ledger,
         tuple(warnings_with_data(space, data)),
         {option: str(value) for option, value in given.items() if value is not None},
+        resume and folder.is_bare,
+        behind,
     )
 
 
-def _storage(space: Space, config: SearchConfig, root: Path) -> Folder | None:
-    """The search's own folder in storage, which was tried out. A path starts where the space file is."""
+def _storage(space: Space, config: SearchConfig, root: Path, probe: bool) -> Folder | None:
+    """The search's own folder in storage, which answers. A path starts where the space file is."""
     where: dict[str, Any] = {"file": space.file, "line": space.line_of("storage")}
     text = config.storage
     if text is None:
@@ -138,10 +148,19 @@ def _storage(space: Space, config: SearchConfig, root: Path) -> Folder | None:
         text = str(space.folder / Path(text).expanduser())
     if not text:
         return None
-    storage = open_storage(text, **where).child(config.name)
+    storage = open_storage(text, writing=probe, **where).child(config.name)
     if str(storage) == str(root):
         raise InputError("is the runs folder itself", key="storage", allowed="another place", **where)
     return storage
+
+
+def with_options(config: SearchConfig, name: str | None, time_budget: str | None) -> SearchConfig:
+    """`config` with what is given on the command line instead; InputError for a bad value."""
+    if name is not None:
+        config = _renamed(config, name)
+    if time_budget is not None:
+        config = _with_time_budget(config, time_budget)
+    return config
 
 
 def _renamed(config: SearchConfig, name: str) -> SearchConfig:
@@ -185,17 +204,30 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
     return first
 
 
-def _ledger_of(space: Space, config: SearchConfig, folder: RunFolder, resume: bool) -> Place:
-    """Where the search's record is or will be; a database has answered by then."""
+def _require_in_database(place: Place, name: str) -> None:
+    from hiertune.record import open_storage
+    from hiertune.search.ledger import only_search  # loads Optuna
+
+    only_search(place, open_storage(place), name)
+
+
+def _ledger_of(space: Space, config: SearchConfig, folder: RunFolder, resume: bool, behind: bool) -> Place:
+    """Where the search's record is or will be; a database has answered by then.
+
+    `behind`: storage has the search, and it is not here (yet).
+    """
     try:
         url = ledger_url(config.ledger)
         if not resume:
             folder.require_new()
-        elif url is None:
+        elif url is None and not behind:
             folder.require_existing()
         place = place_of(folder.ledger, url, given=config.ledger is not None)
         if place.url is not None:
-            check_reachable(place.url)
+            here = folder.begun or folder.is_bare
+            check_reachable(place.url, new=not resume or folder.is_bare or behind)
+            if resume and not here and not behind:
+                _require_in_database(place, config.name)
     except InputError as error:
         if error.key != "ledger" or error.file is not None:
             raise

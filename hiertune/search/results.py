@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hiertune._programs import as_typed
+from hiertune._programs import SUBMITTED_BY, as_typed, near
 from hiertune._text import visible
+from hiertune.record import recorded
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import count_states
 from hiertune.search.plan import SearchPlan
+from hiertune.search.resume import space_of
 from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
 
 _LEADERBOARD_ROWS = 10
@@ -46,7 +48,7 @@ def delivered_line(delivery: Delivery, run: Path) -> str:
 def sync_command(run: Path) -> str:
     words = [as_typed("hiertune"), "track", "sync", shlex.quote(run.name)]
     if run.parent != Path("runs").resolve():
-        words += ["--runs", shlex.quote(os.path.relpath(run.parent))]
+        words += ["--runs", shlex.quote(near(run.parent))]
     return " ".join(words)
 
 
@@ -130,7 +132,7 @@ def decoding_line(decoding: dict[str, Any], metric: str) -> str:
 
 def next_commands(plan: SearchPlan, summary: dict[str, Any], decode: bool = False) -> dict[str, str]:
     """What a user will want to type or open after a search."""
-    folder, program = os.path.relpath(plan.folder.root), as_typed("hiertune")
+    folder, program = near(plan.folder.root), as_typed("hiertune")
     command, page = ui_command(plan.tracking_uri), runs_page(plan.tracking_uri)
     compare = "Compare the runs in MLflow"
     return {
@@ -167,10 +169,13 @@ def resume_command(plan: SearchPlan, **instead: str) -> str:
 
 
 def search_command(plan: SearchPlan, *flags: str, **instead: str) -> str:
+    submitted = os.environ.get(SUBMITTED_BY)
     words = [as_typed("hiertune"), "search", shlex.quote(str(plan.space.file)), *flags]
+    if submitted:  # begins a search or goes on with it, and wants to be told where the runs are
+        words = [submitted]
     runs = plan.folder.root.parent
-    if runs != Path("runs").resolve():
-        words += ["--runs", shlex.quote(os.path.relpath(runs))]
+    if submitted or runs != Path("runs").resolve():
+        words += ["--runs", shlex.quote(near(runs))]
     if plan.config.name != plan.space.config.name:
         words += ["--name", plan.config.name]
     for option, value in {**plan.given, **instead}.items():
@@ -274,3 +279,19 @@ def print_plan(console: Console, plan: SearchPlan) -> None:
         f"scheduler {search.scheduler.kind}; tracking to {escape(display_uri(plan.tracking_uri))}",
         highlight=False,
     )
+    if plan.resume:
+        console.print("\n" + escape(visible(outlook(plan), keep="\n")), highlight=False, soft_wrap=True)
+
+
+def outlook(plan: SearchPlan) -> str:
+    """What `--resume` does with a search that is there already; its ledger is only read."""
+    folder, command = plan.folder, resume_command(plan)
+    if plan.behind:
+        return f"a search of this name exists in {folder.storage}; fetch it and go on with:\n  {command}"
+    if not folder.root.exists():
+        return f"a search of this name exists in {plan.ledger}; go on with:\n  {command}"
+    text, records = recorded(plan.ledger) if folder.begun else ("", [])
+    changed = text != "" and space_of(text, folder).tree != plan.space.tree
+    revised = "; its space was changed: trials that this one can't produce will count no more" * changed
+    progress = progress_line(records, plan.trials)
+    return f"a search of this name exists: {folder.root}; {progress}{revised}; go on with:\n  {command}"

@@ -59,18 +59,22 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
         InputError: another process runs the search; the ledger is damaged or out of reach; the objective or
             the data are not what the search was begun with.
     """
-    resume = plan.resume and not plan.folder.is_bare
+    resume = plan.resume and not plan.bare
     plan.folder.make()
     with FolderLock(plan.folder):
-        ledger = Ledger.open(
-            plan.ledger,
-            plan.config.name,
-            plan.mode,
-            resume=resume,
-            metric=plan.metric,
-            fingerprint=plan.data.fingerprint,
-            space=without_passwords(plan.space.text),
-        )
+        try:
+            ledger = Ledger.open(
+                plan.ledger,
+                plan.config.name,
+                plan.mode,
+                resume=resume,
+                metric=plan.metric,
+                fingerprint=plan.data.fingerprint,
+                space=without_passwords(plan.space.text),
+            )
+        except InputError:
+            plan.folder.remove_unused()
+            raise
         with Ownership(ledger):
             if not resume:
                 replace_text(plan.folder.space, without_passwords(plan.space.text))
@@ -82,7 +86,7 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
 
 def revise(ledger: Ledger, folder: RunFolder, space: Space) -> Revision | None:
     """Bring the ledger to `space`; None where it searches the same already."""
-    old = _space_of(ledger, folder)
+    old = space_of(ledger.identity.space, folder)
     if old.tree == space.tree:
         return None
     revision, outside = ledger.identity.revision, Counter[str]()
@@ -158,11 +162,10 @@ def _config_of(frozen: FrozenTrial, record: TrialRecord, space: Space) -> TrialC
     return space.resolve(record.params)
 
 
-def _space_of(ledger: Ledger, folder: RunFolder) -> Space:
-    """The space that the trials on record were suggested by."""
-    text = ledger.identity.space or folder.space.read_text("utf-8")  # a ledger of before says nothing of it
+def space_of(recorded: str, folder: RunFolder) -> Space:
+    """The space that the trials on record were suggested by; a ledger of before has none recorded."""
     try:
-        return parse_space(text)
+        return parse_space(recorded or folder.space.read_text("utf-8"))
     except InputError as error:
         what = ": ".join(part for part in (error.key, error.problem) if part)
         problem = f"the space that this search was begun with is not valid any more: {what}"

@@ -16,6 +16,7 @@ import filelock
 from rich.console import Console
 from rich.markup import escape
 
+from hiertune._programs import SUBMITTED_BY
 from hiertune._text import visible
 from hiertune.errors import InputError
 from hiertune.search.interrupt import NOW, STOP
@@ -24,21 +25,17 @@ from hiertune.search.outputs import RunFolder, replace_text
 _POLL_S = 0.2
 
 
-def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
-    """Ask the search `runs/name` to stop, wait until it has, and say how far it got.
+def stop_search(run: Path, now: bool, console: Console) -> None:
+    """Ask the search in `run` to stop, wait until it has, and say how far it got.
 
     Raises:
-        InputError: there is no such search, or it does not run.
+        InputError: it does not run.
     """
-    begun = _begun(runs)
-    if name not in begun:
-        allowed = ", ".join(begun) or "a search that was begun; `--runs` names another folder"
-        raise InputError(f"there is no search {name!r} in {runs}", key="NAME", allowed=allowed)
-    folder = RunFolder(runs.resolve() / name)
+    folder = RunFolder(run.resolve())
     try:
         if not _runs(folder):
             how = "has come to its end" if _has_ended(folder) else f"goes on with:\n  {_command(folder)}"
-            raise InputError(f"{name} is not running; it {how}", key="NAME")
+            raise InputError(f"{folder.root.name} is not running; it {how}", key="NAME")
         replace_text(folder.request, NOW if now else STOP)
     except OSError as error:
         allowed = "stop it as a user, and on a machine, that may write there"
@@ -56,7 +53,9 @@ def stop_search(runs: Path, name: str, now: bool, console: Console) -> None:
 
 def write_command(folder: RunFolder, command: str) -> None:
     """Keep the command that resumes a search beside what it resumes."""
-    replace_text(folder.resume, f"cd {shlex.quote(os.getcwd())} && {command}\n")
+    # That of a job is typed elsewhere, and the job's own folder is temporary.
+    where = "" if os.environ.get(SUBMITTED_BY) else f"cd {shlex.quote(os.getcwd())} && "
+    replace_text(folder.resume, f"{where}{command}\n")
 
 
 def _runs(folder: RunFolder) -> bool:
@@ -96,10 +95,3 @@ def _command(folder: RunFolder) -> str:
         return "hiertune search SPACE.yaml --resume"
     command = folder.resume.read_text(encoding="utf-8", errors="surrogateescape").strip()
     return command.removeprefix(f"cd {shlex.quote(os.getcwd())} && ")
-
-
-def _begun(runs: Path) -> list[str]:
-    """Names of the searches in this folder."""
-    if not runs.is_dir():
-        return []
-    return sorted(path.name for path in runs.iterdir() if RunFolder(path).space.exists())

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -360,10 +361,11 @@ def test_a_job_is_submitted_stopped_and_submitted_again(room, head, node, write_
         time.sleep(0.1)
     ray("stop", job)
     log = ray("logs", job).stdout
-    assert "go on with" in log, log
-    assert "--continue" in log or "--resume" in log
+    again = (tmp_path / "runs" / "small" / "resume.sh").read_text()
+    assert again.endswith(f"/scripts/cluster/submit {space} --runs {tmp_path}/runs\n")
+    assert f"go on with:\n  {again}" in log, log
 
-    done = submit("--trials", "2")
+    done = head.run([*shlex.split(again), "--trials", "2"], env=jobs, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "On the test split, read once" in done.stdout
     assert "\x1b[?25l" not in done.stdout, "no live display in a log"

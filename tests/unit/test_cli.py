@@ -3,21 +3,29 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from rich.console import Console
 
 from hiertune import Taxonomy
+from hiertune._database import Place
+from hiertune._programs import as_typed
 from hiertune.cli import main
 from hiertune.data import write_dataset
 from hiertune.errors import InputError
+from hiertune.search.ledger import Ledger
+from hiertune.search.mirror import Mirror
 from hiertune.search.outputs import RunFolder
 from hiertune.search.plan import plan_search
+from hiertune.search.resume import open_ledger
 
 GOOD = """name: it
 data: {path: data.h5}
@@ -250,7 +258,26 @@ def test_a_time_budget_replaces_that_of_the_file(folder, text, seconds):
 
 
 def test_only_a_search_that_runs_can_be_stopped(folder, capsys):
-    assert "there is no search 'it'" in refused(capsys, "stop", "it")
+    assert "runs: there is no search of this name: it" in refused(capsys, "stop", "it")
+    for name in ("../it", "", ".", "/etc", "x" * 300, "a\0b"):
+        assert "there is no search of this name" in refused(capsys, "stop", name)
+
+
+def test_a_search_is_found_by_name_and_by_folder(folder, capsys):
+    """By every command that takes one."""
+    run = folder / "kept" / "it"
+    run.mkdir(parents=True)
+    run.joinpath("trials.csv").write_text("trial,state,objective\n0,completed,0.5\n")
+    (folder / "it").mkdir()
+    (folder / "it" / "space.yaml").write_text(GOOD)  # a folder of the same name that is no search's
+    for words in (["it", "--runs", "kept"], ["kept/it"], [str(run)], ["it", "--runs", str(folder / "kept")]):
+        assert done(capsys, "report", *words).endswith("kept/it/report.html\n")
+        assert "kept/it: has no winner (yet)" in refused(capsys, "decode", *words)
+        assert "it is not running; it goes on with" in refused(capsys, "stop", *words)
+        assert "no search of this name was tracked" in refused(capsys, "track", "status", *words)
+    for command in ("report", "decode", "stop"):
+        said = refused(capsys, command, "other", "--runs", "kept")
+        assert said == "error: kept: there is no search of this name: other\n  allowed: it\n"
 
 
 def test_ctrl_c_while_a_search_is_checked_ends_at_once(folder):
@@ -272,6 +299,111 @@ def test_a_search_that_exists_is_not_overwritten(folder, capsys):
     message = refused(capsys, "search", "space.yaml")
     assert "--resume" in message
     assert [path.name for path in (folder / "runs" / "it").iterdir()] == ["precious"]
+
+
+def files_in(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+PLACES = (
+    "storage: a/b/c\nledger: sqlite:///{folder}/it.db\ntracking: {{uri: 'sqlite:///{folder}/mlflow.db'}}\n"
+)
+
+
+def test_a_dry_run_leaves_nothing(folder, capsys):
+    (folder / "space.yaml").write_text(GOOD + PLACES.format(folder=folder))
+    before = files_in(folder)
+    assert "exists" not in done(capsys, "search", "space.yaml", "--dry-run")
+    assert files_in(folder) == before
+
+
+def test_a_refused_start_leaves_nothing(folder, capsys):
+    (folder / "space.yaml").write_text(GOOD + PLACES.format(folder=folder))
+    before = files_in(folder)
+    assert "unable to open database file" in refused(capsys, "search", "space.yaml", "--resume")
+    assert files_in(folder) == before
+    (folder / "data.h5").unlink()
+    del before[folder / "data.h5"]
+    for how in ((), ("--resume",), ("--continue",), ("--dry-run",)):
+        assert "data.h5" in refused(capsys, "search", "space.yaml", *how)
+        assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("how", [("--resume",), ("--resume", "--dry-run")])
+def test_a_search_that_its_database_does_not_have_is_not_begun(folder, capsys, how):
+    (folder / "space.yaml").write_text(GOOD + PLACES.format(folder=folder))
+    sqlite3.connect("it.db").execute("create table mine (number)").connection.close()
+    before = files_in(folder)
+    assert "/it.db' holds no searches\n" in refused(capsys, "search", "space.yaml", *how)
+    assert files_in(folder) == before
+    Ledger.open(Place(folder / "other.log", f"sqlite:///{folder}/it.db"), "other", "max", resume=False)
+    before = files_in(folder)
+    assert "holds no searches named 'it'" in refused(capsys, "search", "space.yaml", *how)
+    assert files_in(folder) == before
+
+
+def test_a_search_that_only_its_database_has(folder, capsys):
+    """With storage, whose mirror makes the run folder first."""
+    (folder / "space.yaml").write_text(GOOD + PLACES.format(folder=folder).replace("a/b/c", "new"))
+    place = Place(folder / "it.log", f"sqlite:///{folder}/it.db")
+    book = Ledger.open(place, "it", "max", resume=False, space=GOOD)
+    plan = plan_search(folder / "space.yaml", folder / "runs")
+    plan.space.suggest(trial := book.next_trial())
+    book.begin(trial)
+    said = done(capsys, "search", "space.yaml", "--resume", "--dry-run")
+    assert f"a search of this name exists in sqlite:///{folder}/it.db; go on with:\n" in said
+    plan = plan_search(folder / "space.yaml", folder / "runs", resume=True)
+    mirror = Mirror(plan.folder)
+    with open_ledger(plan, Console(quiet=True)) as resumed:
+        assert resumed.identity.uid == book.identity.uid
+    mirror.close()
+
+
+def test_a_start_that_its_ledger_refuses_leaves_no_folder(folder):
+    plan = plan_search(folder / "space.yaml", folder / "runs")
+    broken = replace(plan, resume=True)
+    with (
+        pytest.raises(InputError, match="no search to resume here"),
+        open_ledger(broken, Console(quiet=True)),
+    ):
+        pass
+    assert not plan.folder.root.exists()
+
+
+@pytest.mark.parametrize("ledger", ["", "ledger: sqlite:///{folder}/it.db\n"])
+def test_a_dry_run_of_a_search_that_exists_says_what_resuming_it_does(folder, capsys, ledger):
+    (folder / "space.yaml").write_text(GOOD + ledger.format(folder=folder))
+    plan = plan_search(folder / "space.yaml", folder / "runs")
+    with open_ledger(plan, Console(quiet=True)) as book:
+        for state in ("completed", "failed"):
+            trial = book.next_trial()
+            plan.space.suggest(trial)
+            book.begin(trial)
+            book.tell(trial, state, value=0.5 if state == "completed" else None, epochs=2)
+        plan.space.suggest(trial := book.next_trial())
+        book.begin(trial)
+    before = files_in(folder)
+    run = folder / "runs" / "it"
+    for flags in ((), ("--resume",), ("--continue",)):
+        said = done(capsys, "search", "space.yaml", "--dry-run", "--trials", "9", *flags).splitlines()
+        assert said[0].strip() == "The space of space.yaml"
+        assert said[-2:] == [
+            f"a search of this name exists: {run}; 2 of 9 trials ended (1 completed, 1 failed), 1 "
+            "interrupted one goes on from epoch 0; go on with:",
+            f"  {as_typed('hiertune')} search space.yaml --resume --trials 9",
+        ]
+    (folder / "space.yaml").write_text((folder / "space.yaml").read_text().replace("1e-2", "1e-1"))
+    said = done(capsys, "search", "space.yaml", "--dry-run")
+    assert "; its space was changed: trials that this one can't produce will count no more; go on" in said
+    before[folder / "space.yaml"] = (folder / "space.yaml").read_bytes()
+    assert files_in(folder) == before
+
+
+def test_a_dry_run_of_a_search_that_was_killed_at_once(folder, capsys):
+    (folder / "runs" / "it").mkdir(parents=True)
+    assert "runs/it; 0 of 2 trials ended; go on with:" in done(capsys, "search", "space.yaml", "--dry-run")
+    (folder / "runs" / "it" / "curves.csv").touch()
+    assert "exists already" in refused(capsys, "search", "space.yaml", "--dry-run")
 
 
 def test_bad_input_is_told_before_anything_heavy_is_loaded(folder):

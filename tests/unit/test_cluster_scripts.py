@@ -19,6 +19,9 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from hiertune.errors import InputError
+from hiertune.search.plan import plan_search
+from hiertune.search.results import resume_command
+from hiertune.search.stop import write_command
 from hiertune.space import load_space
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "cluster"
@@ -56,10 +59,130 @@ def test_what_travels_is_hiertune_the_space_and_small_data(submit, tmp_path):
 def test_data_that_does_not_travel_must_be_where_every_node_sees_it(submit, tmp_path, data):
     (tmp_path / "here").mkdir()
     (tmp_path / "data.h5").touch()
+    space = write_space(tmp_path / "here", data)
     with (tmp_path / "here" / "large.h5").open("wb") as file:
         file.truncate(submit.LARGEST_FILE + 1)
-    with pytest.raises(InputError, match=r"does not travel with the job\n.*an absolute path"):
-        submit.pack(write_space(tmp_path / "here", data), tmp_path / "there")
+    (refused,) = submit.left_files(space)
+    assert str(refused) == (
+        f"{space.file}:2: data.path: {data!r} does not travel with the job\n"
+        "  allowed: an absolute path that every node sees, or a file of up to 10 MB beside the space file"
+    )
+
+
+@pytest.fixture
+def without_addresses(monkeypatch):
+    for name in ("HIERTUNE_STORAGE", "HIERTUNE_LEDGER", "MLFLOW_TRACKING_URI", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run_submit(space, *options, **environment):
+    """The command as it is typed, but for `ray`: what would be submitted is printed."""
+    bin = space.parent / "bin"
+    bin.mkdir(exist_ok=True)
+    (bin / "ray").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (bin / "ray").chmod(0o755)
+    (bin / "python3").unlink(missing_ok=True)
+    (bin / "python3").symlink_to(sys.executable)
+    return subprocess.run(
+        [bin / "python3", FOLDER / "submit", space, "--runs", "/shared/runs", *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+    )
+
+
+def test_settings_in_the_jobs_own_folder_are_refused_before_anything_is_sent(tmp_path, without_addresses):
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "name: small\nstorage: ./kept\nledger: sqlite:///x.db\ndata: {path: gone.h5}\n"
+        "tracking: {uri: 'sqlite:///mlflow.db'}\n"
+    )
+    done = run_submit(space)
+    assert (done.returncode, done.stdout) == (2, "")
+    lost = "would be in the job's temporary folder, and lost with it"
+    seen = "allowed: an absolute path that the cluster sees"
+    assert done.stderr.splitlines() == [
+        f"error: {space}:2: storage: './kept' {lost}",
+        f"  {seen}; s3://BUCKET/FOLDER or the like",
+        f"{space}:3: ledger: 'sqlite:///x.db' {lost}; {seen}; sqlite:////FOLDER/FILE with four slashes, "
+        "a server",
+        f"{space}:5: tracking.uri: 'sqlite:///mlflow.db' {lost}; {seen}; sqlite:////FOLDER/FILE, a server",
+        f"{space}:4: data.path: 'gone.h5' does not travel with the job; allowed: an absolute path that every "
+        "node sees, or a file of up to 10 MB beside the space file",
+    ]
+    space.write_text("name: small\ndata: {path: builtin:rrna16s}\n")
+    for variable, value in (
+        ("HIERTUNE_STORAGE", "~/kept"),
+        ("HIERTUNE_LEDGER", "sqlite+pysqlite:///x.db"),
+        ("MLFLOW_TRACKING_URI", "mlruns"),
+    ):
+        done = run_submit(space, **{variable: value})
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {variable}: ")
+        assert f": {value!r} {lost}\n  {seen}; " in done.stderr
+    done = run_submit(space, HIERTUNE_LEDGER="postgresql//me:hush@host/db")
+    assert f"HIERTUNE_LEDGER: ledger: '***' {lost}" in done.stderr
+
+
+def test_addresses_and_absolute_paths_are_submitted(tmp_path, without_addresses):
+    space = tmp_path / "space.yaml"
+    for storage, ledger, uri in (
+        ("/shared/kept", "sqlite:////shared/x.db", "sqlite:////shared/mlflow.db"),
+        ("file:///shared/kept", "sqlite+pysqlite:////shared/x.db", "databricks"),
+        ("s3://bucket/kept", "postgresql+psycopg://me@host/x", "http://mlflow:5000"),
+    ):
+        places = f"storage: '{storage}'\nledger: '{ledger}'\ntracking: {{uri: '{uri}'}}\n"
+        space.write_text("name: small\ndata: {path: builtin:rrna16s}\n" + places)
+        # What the file says counts, so that the variables are no matter.
+        done = run_submit(space, HIERTUNE_STORAGE="kept", MLFLOW_TRACKING_URI="mlruns")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("job\nsubmit\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trials", "0"], "argument --trials: 0 is not above 0"),
+        (["--trials", "many"], "argument --trials: invalid"),
+        (["--runs", "runs"], "--runs runs: give an absolute path that every node sees"),
+        (["--name", "../above"], "error: --name '../above': must be letters"),
+        (["--time-budget", "soon"], "error: --time-budget 'soon': must be seconds"),
+    ],
+)
+def test_its_own_options_are_checked_first(tmp_path, without_addresses, options, said):
+    (tmp_path / "space.yaml").write_text("name: small\ndata: {path: builtin:rrna16s}\n")
+    done = run_submit(tmp_path / "space.yaml", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_knows_the_command_that_submitted_it(tmp_path, monkeypatch, without_addresses):
+    """It is what goes on with the search, from any folder; the job's own folder is gone by then."""
+    (tmp_path / "my spaces").mkdir()
+    space = tmp_path / "my spaces" / "space.yaml"
+    space.write_text("name: small\ndata: {path: builtin:rrna16s}\n")
+    done = run_submit(space, "--name", "other", "--trials", "8")
+    words = done.stdout.splitlines()
+    variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
+    typed = shlex.split(variables["HIERTUNE_SUBMITTED_BY"])
+    assert typed[-2:] == [str(FOLDER / "submit"), str(space)]
+    assert Path(typed[0]).parent == space.parent / "bin", "python3 on the PATH is another one"
+
+    # In the job, as it is started there.
+    job = tmp_path / "job"
+    job.mkdir()
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("HIERTUNE_SUBMITTED_BY", variables["HIERTUNE_SUBMITTED_BY"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (job / "space.yaml").write_bytes(space.read_bytes())
+    plan = plan_search(Path("space.yaml"), tmp_path / "runs", name="other", trials=8, resume=None)
+    again = resume_command(plan)
+    options = f"--runs {tmp_path}/runs --name other --trials 8"
+    assert again == f"{variables['HIERTUNE_SUBMITTED_BY']} {options}"
+    plan.folder.make()
+    write_command(plan.folder, again)
+    assert plan.folder.resume.read_text() == f"{again}\n"
 
 
 def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, monkeypatch):
@@ -68,11 +191,13 @@ def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, mo
     monkeypatch.setenv("PGPASSWORD", "secret-1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-2")
     monkeypatch.delenv("HIERTUNE_LEDGER", raising=False)
-    options = Namespace(runs="/shared/my runs", name=None, trials=7, time_budget="12h", no_wait=True)
+    options = Namespace(runs="/shared/my runs", name="small", trials=7, time_budget="12h", no_wait=True)
     words = submit.command(write_space(tmp_path, "builtin:rrna16s"), options, "/packed")
     assert Path(words[0]).name == "ray"
     assert words[1:5] == ["job", "submit", "--working-dir", "/packed"]
-    assert json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"] == {
+    variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
+    assert variables.pop("HIERTUNE_SUBMITTED_BY").endswith(f"submit {tmp_path}/space.yaml")
+    assert variables == {
         "HIERTUNE_STORAGE": "s3://bucket/folder",
         "MLFLOW_TRACKING_URI": "http://mlflow:5000",
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
@@ -96,7 +221,7 @@ def test_the_job_may_be_submitted_again_and_shows_no_secret(submit, tmp_path, mo
 def test_an_address_with_a_password_is_not_shown_to_the_whole_cluster(
     submit, tmp_path, monkeypatch, name, value
 ):
-    options = Namespace(runs="/runs", name=None, trials=None, time_budget=None, no_wait=True)
+    options = Namespace(runs="/runs", name="small", trials=None, time_budget=None, no_wait=True)
     space = write_space(tmp_path, "builtin:rrna16s")
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=rf"^{name}: .*holds a password") as refused:
@@ -124,9 +249,10 @@ def test_weights_beside_the_space_travel_too(submit, tmp_path):
         "model: {backbone: {choice: [{kind: timm, name: resnet18, weights: w.pth}, {kind: mlp}]}}\n"
     )
     space = load_space(here / "space.yaml")
-    with pytest.raises(InputError, match=r"model.backbone.weights: w.pth does not travel with the job"):
-        submit.pack(space, there)
+    (refused,) = submit.left_files(space)
+    assert str(refused).startswith(f"{space.file}:3: model.backbone.weights: 'w.pth' does not travel")
     (here / "w.pth").write_bytes(b"weights")
+    assert not list(submit.left_files(space))
     submit.pack(space, tmp_path / "other")
     assert (tmp_path / "other" / "w.pth").read_bytes() == b"weights"
 
@@ -218,8 +344,7 @@ STAND_INS = {
         health-check) [ -e "$LOG/answers" ];;
         start)
             touch "$LOG/answers"
-            cat "$RAY_AUTH_TOKEN_PATH" >>"$LOG/tokens"
-            echo >>"$LOG/tokens"
+            echo "$(cat "$RAY_AUTH_TOKEN_PATH")" >>"$LOG/tokens" # in one write: two nodes start at once
             exec sleep 100;;
         esac""",
     "python": """

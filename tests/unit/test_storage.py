@@ -279,8 +279,32 @@ def test_no_credential_is_ever_shown(secret, form):
 
 def test_a_folder_that_works_is_left_as_it_was(s3_folder, tmp_path):
     assert open_storage(s3_folder).sizes(deep=True) == {}
-    open_storage(str(tmp_path / "new"))
+    open_storage(str(tmp_path / "new" / "and" / "below"))
+    open_storage(f"file://{tmp_path}/new/and/below", writing=False)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    open_storage(str(tmp_path / "mine" / "below"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_what_fails_half_way_leaves_no_folders(tmp_path, monkeypatch):
+    def full(self, name, first=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hiertune.storage.LocalFolder.write_bytes", full)
+    (tmp_path / "file").touch()
+    for place in ("new/and/below", "file/below"):
+        with pytest.raises(InputError):
+            open_storage(str(tmp_path / place))
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_a_look_writes_nothing_and_finds_what_is_wrong(faulty_s3, s3_folder):
+    open_storage(s3_folder, writing=False)
+    assert {method for method, _ in faulty_s3.seen} <= {"GET", "HEAD"}
+    faulty_s3.break_with(500)
+    with pytest.raises(InputError, match="can't be used"):
+        open_storage(s3_folder, writing=False)
 
 
 def refusal(text):

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from hiertune import Taxonomy
+from hiertune._database import Place
 from hiertune.cli import main
 from hiertune.config import SearchConfig
 from hiertune.data import write_dataset
@@ -405,6 +406,37 @@ def test_mlflow_login(tmp_path):
         assert mlflow(tmp_path, f"http://{host}", **right).status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("127.0.0.1", "Connection refused"),
+        ("[::1]", ""),
+        ("no-such-host.invalid", ""),
+        ("x" * 80 + ".invalid", ""),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named(tmp_path, host, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"{host}:{free.getsockname()[1]}"
+    found = only(services.check_ray(case(tmp_path, RAY_ADDRESS=address)))
+    assert (found.check, found.status) == ("ray", "problem")
+    assert found.what.startswith(f"nothing answers at {address}: {said}")
+    assert "correct RAY_ADDRESS" in found.advice
+
+
+def test_a_cluster_that_listens_and_says_nothing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(services, "RAY_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        found = only(services.check_ray(case(tmp_path, RAY_ADDRESS=address)))
+    assert found.what == f"{address} gives no answer within 0.1 s"
+    assert "ray status" in found.advice
+    assert services._no_listener("auto") is None
+    assert services._no_listener("ray://host:10001") is None
+    assert services._no_listener("127.0.0.1:99999")
+
+
 def test_mlflow_addresses(tmp_path):
     assert mlflow(tmp_path, None).status == "ok"
     assert "no longer tracks into folders" in mlflow(tmp_path, "./mlruns").what
@@ -513,6 +545,16 @@ def test_leftovers(tmp_path):
     assert found[0] == ("warning", "dead: 2 of 2 points are not delivered")
     assert found[1] == ("warning", "dead: was broken off")
     assert found[2][1].startswith("dead: ledger.log.lock is")
+
+
+def test_a_search_whose_ledger_is_a_database_can_be_broken_off_too(tmp_path):
+    run = tmp_path / "runs" / "it"
+    run.mkdir(parents=True)
+    Place(run / "ledger.log", "sqlite:////x.db").point("uid")
+    found = only(files.check_leftovers(case(tmp_path)))
+    assert (found.status, found.what) == ("warning", "it: was broken off")
+    (run / "summary.json").write_text("{}")
+    assert only(files.check_leftovers(case(tmp_path))).status == "ok"
 
 
 def test_what_is_advised_can_be_typed(tmp_path):

@@ -4,9 +4,11 @@ import pytest
 import s3
 
 from hiertune._text import without_passwords
+from hiertune.cli import main
+from hiertune.doctor.probes import examine_space
 from hiertune.errors import InputError
 from hiertune.report.read import read_search
-from hiertune.search.mirror import Mirror
+from hiertune.search.mirror import Mirror, Session
 from hiertune.search.plan import plan_search
 from hiertune.space import load_space
 
@@ -93,6 +95,64 @@ def test_a_search_is_resumed_where_it_never_was(write, tmp_path, s3_folder):
     assert there.folder.ledger.read_text() == "told\n"
     with pytest.raises(InputError, match=r"there is no search to resume in .* nor in s3://"):
         plan_search(space, tmp_path / "there", resume=True, name="other")
+
+
+@pytest.mark.parametrize("kind", ["path", "s3"])
+def test_a_look_at_a_search_in_storage_changes_nothing(request, write, tmp_path, capsys, monkeypatch, kind):
+    storage = request.getfixturevalue("s3_folder") if kind == "s3" else tmp_path / "kept"
+    space = write(f"storage: {storage}\n")
+    here = plan_search(space, tmp_path / "here").folder
+    here.root.mkdir(parents=True)
+    here.space.write_text(space.read_text())
+    here.ledger.write_text("told\n")
+    Mirror(here).close()
+
+    requests = request.getfixturevalue("faulty_s3").seen if kind == "s3" else []
+    before = files_in(tmp_path)
+    requests.clear()
+    found = list(examine_space(str(space), str(tmp_path / "there")))
+    assert [finding.status for finding in found] == ["ok", "ok"]
+    assert found[0].what.endswith("; a search of this name was begun: --resume goes on with it")
+    assert {method for method, _ in requests} <= {"GET", "HEAD"}, "not even a probe"
+    assert files_in(tmp_path) == before
+
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(space), "--runs", str(tmp_path / "there"), "--dry-run"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert f"a search of this name exists in {storage}/search" in said
+    assert "; fetch it and go on with:" in said
+    assert files_in(tmp_path) == before
+
+
+def test_a_refused_resume_fetches_nothing(write, tmp_path):
+    space = write("storage: kept\n")
+    here = plan_search(space, tmp_path / "here").folder
+    here.root.mkdir(parents=True)
+    here.space.write_text(space.read_text())
+    here.ledger.write_text("told\n")
+    Mirror(here).close()
+    before = files_in(tmp_path)
+    broken = write("storage: kept\ntracking: {uri: 'ftp://h'}\n")
+    for resume in (True, None):
+        with pytest.raises(InputError, match="MLflow knows no 'ftp'"):
+            plan_search(broken, tmp_path / "there", resume=resume)
+    write("storage: kept\n")
+    assert files_in(tmp_path) == before
+
+
+def test_a_search_that_another_machine_has_just_begun(write, tmp_path):
+    """It has nothing in storage yet but its sign of life: the mirror refuses, and makes no run folder."""
+    plan = plan_search(write("storage: kept\n"), tmp_path / "runs")
+    Session("x", "elsewhere", "me", 1, "now", "another machine").write(plan.folder.storage)
+    with pytest.raises(InputError, match="is being run by me on elsewhere"):
+        Mirror(plan.folder)
+    assert not (tmp_path / "runs").exists()
+
+
+def files_in(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_the_copy_of_the_space_has_no_password(write, tmp_path):

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 def stop(folder, now=False):
     out = io.StringIO()
-    stop_search(folder.root.parent, folder.root.name, now, Console(file=out, width=200))
+    stop_search(folder.root, now, Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -107,18 +107,6 @@ def test_a_search_in_a_folder_that_can_not_be_written(folder):
     folder.lock.mkdir()  # stands for another user's
     with pytest.raises(InputError, match=r"runs/it: can't be asked: Is a directory\n  allowed: stop it as"):
         stop(folder)
-
-
-@pytest.mark.parametrize("name", ["other", "../it", "it/../it", ".", "", "/etc"])
-def test_a_name_without_a_search(folder, name):
-    with pytest.raises(InputError, match="there is no search") as refused:
-        stop_search(folder.root.parent, name, False, Console(file=io.StringIO()))
-    assert refused.value.allowed == "it"
-
-
-def test_a_folder_without_searches(tmp_path):
-    with pytest.raises(InputError, match="`--runs` names another folder"):
-        stop_search(tmp_path / "none", "it", False, Console(file=io.StringIO()))
 
 
 def test_folders_whose_names_are_no_utf8(folder, monkeypatch):
