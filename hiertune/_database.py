@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -16,18 +17,32 @@ if TYPE_CHECKING:
 VARIABLE = "HIERTUNE_LEDGER"
 CONNECT_SECONDS = 5
 """How long a database may take to answer a new connection."""
+ANSWER_SECONDS = 15
+"""How long it may be silent while it owes an answer: one that hangs is as good as gone."""
 
 _SECRETS = ("password", "passwd", "pwd", "passphrase", "sslpassword")
 _FORM = "DATABASE+DRIVER://USER@HOST:PORT/NAME, such as postgresql+psycopg://me@localhost/searches"
 _INSTEAD = f"an address without it; PGPASSWORD, ~/.pgpass or {VARIABLE} may hold one"
-_TIMEOUTS = {
-    "psycopg": "connect_timeout",
-    "psycopg2": "connect_timeout",
-    "mysqldb": "connect_timeout",
-    "pymysql": "connect_timeout",
-    "pg8000": "timeout",
-    "pysqlite": "timeout",
+_MYSQL = {
+    "connect_timeout": CONNECT_SECONDS,
+    "read_timeout": ANSWER_SECONDS,
+    "write_timeout": ANSWER_SECONDS,
 }
+_LIMITS: dict[str, dict[str, int]] = {
+    "psycopg": {"connect_timeout": CONNECT_SECONDS},  # the rest is `hiertune._postgresql`'s
+    "psycopg2": {  # a network that is gone; of a server that hangs it can't be told
+        "connect_timeout": CONNECT_SECONDS,
+        "tcp_user_timeout": ANSWER_SECONDS * 1000,
+        "keepalives_idle": ANSWER_SECONDS // 3,
+        "keepalives_interval": ANSWER_SECONDS // 3,
+        "keepalives_count": 2,
+    },
+    "mysqldb": _MYSQL,
+    "pymysql": _MYSQL,
+    "pg8000": {"timeout": ANSWER_SECONDS},  # of its socket
+    "pysqlite": {"timeout": CONNECT_SECONDS},  # for another process' lock
+}
+"""Arguments of each driver's `connect`."""
 
 
 def ledger_url(setting: str | None) -> str | None:
@@ -68,20 +83,26 @@ def display_ledger(url: str) -> str:
     return parsed.render_as_string(hide_password=True)
 
 
-def connect_arguments(url: str) -> dict[str, Any]:
-    """Arguments for SQLAlchemy's `create_engine`: give up soon, and mend a connection that was lost."""
-    timeout = _TIMEOUTS.get(_parse(url).get_dialect().driver)
-    return {
-        "pool_pre_ping": True,
-        "connect_args": {timeout: CONNECT_SECONDS} if timeout else {},
-    }
+def engine_arguments(url: str) -> dict[str, Any]:
+    """Arguments for SQLAlchemy's `create_engine`: don't wait for ever, and mend a connection that was lost.
+
+    What the address itself says comes first.
+    """
+    parsed = _parse(url)
+    driver = parsed.get_dialect().driver
+    limits = {name: limit for name, limit in _LIMITS.get(driver, {}).items() if name not in parsed.query}
+    if driver != "psycopg":
+        return {"pool_pre_ping": True, "connect_args": limits}
+    from hiertune._postgresql import connect
+
+    return {"pool_pre_ping": True, "creator": functools.partial(connect, parsed, limits)}
 
 
 def check_reachable(url: str) -> None:
     """InputError unless the database answers."""
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(_parse(url), **connect_arguments(url))
+    engine = sqlalchemy.create_engine(_parse(url), **engine_arguments(url))
     try:
         with engine.connect():
             pass

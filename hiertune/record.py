@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from hiertune._database import Place, connect_arguments, unreachable
+from hiertune._database import Place, engine_arguments, unreachable
 from hiertune._journal import open_journal
 from hiertune.errors import InputError
 
@@ -144,7 +144,7 @@ def open_storage(place: Place, *, writable: bool = False) -> BaseStorage:
 
     try:
         # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
-        return RDBStorage(place.url.replace("{", "{{").replace("}", "}}"), connect_arguments(place.url))
+        return RDBStorage(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
     except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
         raise unreachable(place.url, error) from None
 

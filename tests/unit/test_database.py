@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 
-from hiertune._database import Place, check_reachable, display_ledger, ledger_url, place_of
+from hiertune._database import Place, check_reachable, display_ledger, engine_arguments, ledger_url, place_of
 from hiertune.errors import InputError
 from hiertune.record import open_storage
 from hiertune.search.ledger import Ledger
@@ -93,6 +93,31 @@ def test_a_database_out_of_reach_is_said_in_seconds(monkeypatch):
         check_reachable("postgresql+psycopg://me:s3cret@127.0.0.1:9/x")
     assert "s3cret" not in str(raised.value)
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(
+    ("url", "limits"),
+    [
+        ("mysql+pymysql://me@db/x", {"connect_timeout": 5, "read_timeout": 15, "write_timeout": 15}),
+        ("mysql+pymysql://me@db/x?read_timeout=90", {"connect_timeout": 5, "write_timeout": 15}),
+        ("postgresql+pg8000://me@db/x", {"timeout": 15}),
+        ("sqlite:////tmp/x.db?timeout=60", {}),
+        ("mysql+aiomysql://me@db/x", {}),
+    ],
+)
+def test_a_limit_in_the_address_comes_first(url, limits):
+    assert engine_arguments(url) == {"pool_pre_ping": True, "connect_args": limits}
+
+
+def test_a_database_that_hangs_is_said_in_seconds_or_those_of_its_address(postgresql, postgresql_server):
+    seconds = []
+    for query in ("?connect_timeout=2", ""):
+        begun = time.monotonic()
+        with postgresql_server.hung(), pytest.raises(InputError, match="can't be used: connection timeout"):
+            check_reachable(postgresql + query)
+        seconds.append(time.monotonic() - begun)
+    assert 2 <= seconds[0] < 5 <= seconds[1] < 60
+    check_reachable(postgresql)
 
 
 def test_a_login_that_is_refused_is_said(postgresql, monkeypatch):

@@ -4,6 +4,8 @@ import json
 import math
 import resource
 import signal
+import time
+from concurrent import futures
 
 import optuna
 import pytest
@@ -914,6 +916,34 @@ def test_a_database_that_never_comes_back_ends_it(postgresql, postgresql_server,
     assert "s3cret" not in str(raised.value)
     assert ledger.lost == str(raised.value)
     assert 30 < sum(waits) < 120
+
+
+def test_a_database_that_hangs_for_a_moment_costs_time_alone(postgresql, postgresql_server, tmp_path):
+    ledger = open_ledger(Place(tmp_path / "ledger.log", postgresql))
+    trial = ask(ledger)
+    ledger.begin(trial)
+    with futures.ThreadPoolExecutor(1) as thread:
+        with postgresql_server.hung():
+            reporting = thread.submit(ledger.report, trial, 1, 0.5)
+            assert not futures.wait([reporting], timeout=1).done
+        assert reporting.result(60)
+    assert ledger.lost is None
+
+
+def test_a_database_that_hangs_is_one_that_is_away(postgresql, postgresql_server, tmp_path, monkeypatch):
+    place = Place(tmp_path / "ledger.log", postgresql + "?connect_timeout=2")
+    ledger = open_ledger(place)
+    trial = ask(ledger)
+    ledger.begin(trial)
+    monkeypatch.setattr("hiertune._database.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("hiertune.search.ledger._PAUSES_S", (0.01,))
+    begun = time.monotonic()
+    with postgresql_server.hung(), pytest.raises(LedgerLost, match=r"written to: .*timeout") as raised:
+        ledger.report(trial, 1, 0.5)
+    assert 0.5 + 2 + 2 <= time.monotonic() - begun < 60, "an answer, and two connections"
+    assert "s3cret" not in str(raised.value)
+    resumed = open_ledger(place, resume=True)
+    assert resumed.report(ask(resumed), 1, 0.5)
 
 
 def test_who_keeps_a_copy_hears_of_a_trial_when_the_journal_has_it(tmp_path):
