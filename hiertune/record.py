@@ -144,9 +144,29 @@ def open_storage(place: Place, *, writable: bool = False) -> BaseStorage:
 
     try:
         # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
-        return RDBStorage(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
+        return _Database(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
     except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
         raise unreachable(place.url, error) from None
+
+
+class _Database(RDBStorage):
+    """Records a trial once, however often that is tried.
+
+    A try that failed may have been recorded all the same, or still be under way. Optuna's own method tries
+    five times, and gives each the next number.
+    """
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        if template_trial is None:
+            return super().create_new_trial(study_id)
+        from optuna.storages._rdb.models import StudyModel, TrialModel
+        from optuna.storages._rdb.storage import _create_scoped_session
+
+        with _create_scoped_session(self.scoped_session) as session:
+            StudyModel.find_or_raise_by_id(study_id, session, for_update=True)  # waits for a try under way
+            same = session.query(TrialModel).filter_by(study_id=study_id, number=template_trial.number)
+            trial = same.one_or_none() or self._get_prepared_new_trial(study_id, template_trial, session)
+            return int(trial.trial_id)
 
 
 def searches_in(storage: BaseStorage) -> list[tuple[Identity, FrozenStudy]]:

@@ -213,17 +213,7 @@ class Ledger:
                 self._system_attrs[key] = copy.deepcopy(value)
         trial.set_user_attr("started", time.time())
         frozen = self._memory.get_trial(trial._trial_id)
-
-        def create() -> int:
-            # A try that failed may have been recorded all the same.
-            known = self.storage.get_all_trials(self.study_id, deepcopy=False) if tries else ()
-            tries.append(1)
-            if len(known) > trial.number:
-                return known[trial.number]._trial_id
-            return self.storage.create_new_trial(self.study_id, frozen)
-
-        tries: list[int] = []
-        self._ids.append(self._lasting(create))
+        self._ids.append(self._lasting(lambda: self.storage.create_new_trial(self.study_id, frozen)))
 
     def _complete_params(self, trial: Trial) -> None:
         recorded = self.storage.get_trial(self._ids[trial.number])
@@ -509,6 +499,7 @@ def put_outside(frozen: FrozenTrial, config: Mapping[str, Any], reason: str, rev
         user_attrs=frozen.user_attrs | {OUTSIDE: outside},
         intermediate_values=frozen.intermediate_values,
     )
+    made.number = frozen.number
     made.datetime_start = frozen.datetime_start
     made.datetime_complete = frozen.datetime_complete or made.datetime_complete
     return made
