@@ -114,13 +114,23 @@ def check_reachable(url: str) -> None:
 
 def unreachable(url: str, error: Exception) -> InputError:
     """What to say when a database does not answer; the driver's words, without the password."""
-    cause = getattr(error, "orig", None) or error.__cause__ or error
-    words = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    cause = _cause(error)
+    words = " ".join(str(cause).split())
     password = _parse(url).password
     if password:
         words = words.replace(password, "***")
     problem = f"{display_ledger(url)!r} can't be used: {words[:300] or type(cause).__name__}"
     return InputError(problem, key="ledger", allowed="a database that is up, and that this user may write to")
+
+
+def _cause(error: Exception) -> BaseException:
+    """The driver's own error, if SQLAlchemy, or Optuna, stumbled over one."""
+    each: BaseException | None = error
+    while each is not None:
+        if orig := getattr(each, "orig", None):
+            return orig
+        each = each.__cause__ or each.__context__
+    return error.__cause__ or error
 
 
 def _parse(text: str) -> URL:

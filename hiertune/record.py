@@ -7,6 +7,9 @@ copied. The newest that was copied whole counts.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -140,13 +143,14 @@ def open_storage(place: Place, *, writable: bool = False) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if place.url is None:
         return open_journal(place.journal, writable=writable)
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
-        return _Database(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
-    except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
-        raise unreachable(place.url, error) from None
+    # When a database is away it tries something slower, and says so; we say what is wrong.
+    logging.getLogger("optuna.storages._rdb").setLevel(logging.ERROR)
+    with answering(place):
+        try:
+            # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
+            return _Database(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
+        except RuntimeError as error:  # tables of another version of Optuna
+            raise unreachable(place.url, error) from None
 
 
 class _Database(RDBStorage):
@@ -167,6 +171,20 @@ class _Database(RDBStorage):
             same = session.query(TrialModel).filter_by(study_id=study_id, number=template_trial.number)
             trial = same.one_or_none() or self._get_prepared_new_trial(study_id, template_trial, session)
             return int(trial.trial_id)
+
+
+@contextlib.contextmanager
+def answering(place: Place) -> Iterator[None]:
+    """Within, a database that does not answer (any more) is an InputError."""
+    if place.url is None:
+        yield
+        return
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise unreachable(place.url, error) from None
 
 
 def searches_in(storage: BaseStorage) -> list[tuple[Identity, FrozenStudy]]:

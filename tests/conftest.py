@@ -111,6 +111,18 @@ class PostgreSQL:
             connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql+psycopg://hiertune@127.0.0.1:{self.port}/{name}"
 
+    def close(self, url):
+        """End the connections to one of its databases, and take no new ones, until `open`."""
+        name = url.rpartition("/")[2]
+        with self.connected() as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            ended = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = %s"
+            connection.execute(ended, [name])
+
+    def open(self, url):
+        with self.connected() as connection:
+            connection.execute(f"ALTER DATABASE {url.rpartition('/')[2]} ALLOW_CONNECTIONS true")
+
 
 def _signal(processes, number):
     for process in processes:

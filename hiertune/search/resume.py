@@ -20,7 +20,7 @@ from hiertune._text import visible, without_passwords
 from hiertune._tree import written
 from hiertune.config import TrialConfig
 from hiertune.errors import InputError
-from hiertune.record import OUTSIDE
+from hiertune.record import OUTSIDE, answering
 from hiertune.search.ledger import Ledger, TrialRecord, carried_over, put_outside
 from hiertune.search.outputs import RunFolder, replace_text
 from hiertune.search.owner import FolderLock, Ownership
@@ -61,23 +61,24 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
     """
     resume = plan.resume and not plan.folder.is_bare
     plan.folder.make()
-    with FolderLock(plan.folder):
-        ledger = Ledger.open(
-            plan.ledger,
-            plan.config.name,
-            plan.mode,
-            resume=resume,
-            metric=plan.metric,
-            fingerprint=plan.data.fingerprint,
-            space=without_passwords(plan.space.text),
-        )
-        with Ownership(ledger):
+    with FolderLock(plan.folder), contextlib.ExitStack() as stack:
+        with answering(plan.ledger):
+            ledger = Ledger.open(
+                plan.ledger,
+                plan.config.name,
+                plan.mode,
+                resume=resume,
+                metric=plan.metric,
+                fingerprint=plan.data.fingerprint,
+                space=without_passwords(plan.space.text),
+            )
+            stack.enter_context(Ownership(ledger))
             if not resume:
                 replace_text(plan.folder.space, without_passwords(plan.space.text))
             elif (revision := revise(ledger, plan.folder, plan.space)) is not None:
                 print_revision(console, revision)
             keep_spaces(plan.folder, ledger)
-            yield ledger
+        yield ledger
 
 
 def revise(ledger: Ledger, folder: RunFolder, space: Space) -> Revision | None:
