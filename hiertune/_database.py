@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiertune._files import replace_file
 from hiertune.errors import InputError
 
 if TYPE_CHECKING:
@@ -184,9 +185,7 @@ class Place:
         """Write the pointer, once the search is in the database."""
         assert self.url is not None
         text = json.dumps({"ledger": display_ledger(self.url), "uid": uid}, indent=2)
-        temporary = self.pointer.with_suffix(".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.pointer)
+        replace_file(self.pointer, text + "\n")
 
 
 def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
@@ -206,9 +205,11 @@ def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
                 allowed="the setting that it was begun with, or another name",
             )
         return Place(journal)
-    if url is None and (pointer := _read_pointer(place.pointer)) is not None:
+    if url is None and place.pointer.exists():
+        pointer = _read_pointer(place.pointer)
+        where = f"the database {pointer['ledger']}" if pointer else "a database"
         raise InputError(
-            f"the ledger of this search is the database {pointer['ledger']}",
+            f"the ledger of this search is {where}",
             file=place.pointer,
             allowed="its address as `ledger:` in the space file, or in HIERTUNE_LEDGER",
         )
@@ -217,7 +218,10 @@ def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
 
 def _read_pointer(path: Path) -> dict[str, str] | None:
     try:
-        pointer = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if not text.strip("\0"):
+            return None  # what a loss of power leaves of a file that was not written to the disk
+        pointer = json.loads(text)
         return {key: str(pointer[key]) for key in ("ledger", "uid")}
     except FileNotFoundError:
         return None

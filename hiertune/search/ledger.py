@@ -129,7 +129,7 @@ class Ledger:
             importlib.metadata.version("hiertune"),
         )
         if resume and place.url is not None and place.uid is None:
-            place.point(_only_search(place, storage, name))
+            resume = _find_by_name(place, storage, name)
         found = newest_study(place, storage)
         if found is None:
             if resume and place.url is not None:
@@ -513,12 +513,18 @@ def _begin_study(place: Place, storage: BaseStorage, identity: Identity) -> int:
     return study_id
 
 
-def _only_search(place: Place, storage: BaseStorage, name: str) -> str:
-    """The uid of the search of that name in a database, for a folder that is not there (any more)."""
+def _find_by_name(place: Place, storage: BaseStorage, name: str) -> bool:
+    """Point at the search of that name in a database, for a folder that is not there, or lost its pointer.
+
+    False for a folder that was about to have one, and whose search has no trials yet: it may begin again.
+    """
     named = [(identity, study) for identity, study in searches_in(storage) if identity.name == name]
     uids = sorted({found.uid for found, study in named if storage.get_n_trials(study._study_id)})
     if len(uids) == 1:
-        return uids[0]
+        place.point(uids[0])
+        return True
+    if not uids and place.pointer.exists():
+        return False
     problem = f"the database {place} holds {len(uids) or 'no'} searches named {name!r}"
     raise InputError(
         problem, key="name", allowed=f"its run folder, with {place.pointer.name}" if uids else None

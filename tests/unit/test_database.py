@@ -153,6 +153,21 @@ def test_a_search_is_found_by_its_name_where_its_folder_is_gone(postgresql, tmp_
     assert place.uid == ledger.identity.uid
 
 
+@pytest.mark.parametrize("left", [b"", bytes(120)])
+def test_a_pointer_that_a_loss_of_power_emptied_is_made_again(postgresql, tmp_path, left):
+    place = Place(tmp_path / "ledger.log", postgresql)
+    ledger = Ledger.open(place, "it", "max", resume=False)
+    place.pointer.write_bytes(left)
+    with pytest.raises(InputError, match="the ledger of this search is a database\n"):
+        place_of(place.journal, None)
+    again = Ledger.open(place, "it", "max", resume=True)
+    assert again.identity.uid != ledger.identity.uid, "without trials it begins again"
+    again.begin(again.next_trial())
+    place.pointer.write_bytes(left)
+    assert Ledger.open(place, "it", "max", resume=True).identity == again.identity
+    assert place.uid == again.identity.uid
+
+
 def test_a_folder_keeps_to_its_ledger(tmp_path):
     url, journal = f"sqlite:///{tmp_path}/ledger.db", tmp_path / "ledger.log"
     Ledger.open(Place(journal, url), "it", "max", resume=False)
