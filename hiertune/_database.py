@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiertune._files import replace_file
 from hiertune.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,18 +18,32 @@ if TYPE_CHECKING:
 VARIABLE = "HIERTUNE_LEDGER"
 CONNECT_SECONDS = 5
 """How long a database may take to answer a new connection."""
+ANSWER_SECONDS = 15
+"""How long it may be silent while it owes an answer: one that hangs is as good as gone."""
 
 _SECRETS = ("password", "passwd", "pwd", "passphrase", "sslpassword")
 _FORM = "DATABASE+DRIVER://USER@HOST:PORT/NAME, such as postgresql+psycopg://me@localhost/searches"
 _INSTEAD = f"an address without it; PGPASSWORD, ~/.pgpass or {VARIABLE} may hold one"
-_TIMEOUTS = {
-    "psycopg": "connect_timeout",
-    "psycopg2": "connect_timeout",
-    "mysqldb": "connect_timeout",
-    "pymysql": "connect_timeout",
-    "pg8000": "timeout",
-    "pysqlite": "timeout",
+_MYSQL = {
+    "connect_timeout": CONNECT_SECONDS,
+    "read_timeout": ANSWER_SECONDS,
+    "write_timeout": ANSWER_SECONDS,
 }
+_LIMITS: dict[str, dict[str, int]] = {
+    "psycopg": {"connect_timeout": CONNECT_SECONDS},  # the rest is `hiertune._postgresql`'s
+    "psycopg2": {  # a network that is gone; of a server that hangs it can't be told
+        "connect_timeout": CONNECT_SECONDS,
+        "tcp_user_timeout": ANSWER_SECONDS * 1000,
+        "keepalives_idle": ANSWER_SECONDS // 3,
+        "keepalives_interval": ANSWER_SECONDS // 3,
+        "keepalives_count": 2,
+    },
+    "mysqldb": _MYSQL,
+    "pymysql": _MYSQL,
+    "pg8000": {"timeout": ANSWER_SECONDS},  # of its socket
+    "pysqlite": {"timeout": CONNECT_SECONDS},  # for another process' lock
+}
+"""Arguments of each driver's `connect`."""
 
 
 def ledger_url(setting: str | None) -> str | None:
@@ -68,13 +84,19 @@ def display_ledger(url: str) -> str:
     return parsed.render_as_string(hide_password=True)
 
 
-def connect_arguments(url: str) -> dict[str, Any]:
-    """Arguments for SQLAlchemy's `create_engine`: give up soon, and mend a connection that was lost."""
-    timeout = _TIMEOUTS.get(_parse(url).get_dialect().driver)
-    return {
-        "pool_pre_ping": True,
-        "connect_args": {timeout: CONNECT_SECONDS} if timeout else {},
-    }
+def engine_arguments(url: str) -> dict[str, Any]:
+    """Arguments for SQLAlchemy's `create_engine`: don't wait for ever, and mend a connection that was lost.
+
+    What the address itself says comes first.
+    """
+    parsed = _parse(url)
+    driver = parsed.get_dialect().driver
+    limits = {name: limit for name, limit in _LIMITS.get(driver, {}).items() if name not in parsed.query}
+    if driver != "psycopg":
+        return {"pool_pre_ping": True, "connect_args": limits}
+    from hiertune._postgresql import connect
+
+    return {"pool_pre_ping": True, "creator": functools.partial(connect, parsed, limits)}
 
 
 def check_reachable(url: str, *, new: bool = True) -> None:
@@ -87,7 +109,7 @@ def check_reachable(url: str, *, new: bool = True) -> None:
         if not (new and file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
             raise unreachable(url, FileNotFoundError("unable to open database file"))
         return
-    engine = sqlalchemy.create_engine(parsed, **connect_arguments(url))
+    engine = sqlalchemy.create_engine(parsed, **engine_arguments(url))
     try:
         with engine.connect() as connection:
             if not new and not sqlalchemy.inspect(connection).has_table("studies"):  # Optuna's
@@ -101,13 +123,23 @@ def check_reachable(url: str, *, new: bool = True) -> None:
 
 def unreachable(url: str, error: Exception) -> InputError:
     """What to say when a database does not answer; the driver's words, without the password."""
-    cause = getattr(error, "orig", None) or error.__cause__ or error
-    words = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    cause = _cause(error)
+    words = " ".join(str(cause).split())
     password = _parse(url).password
     if password:
         words = words.replace(password, "***")
     problem = f"{display_ledger(url)!r} can't be used: {words[:300] or type(cause).__name__}"
     return InputError(problem, key="ledger", allowed="a database that is up, and that this user may write to")
+
+
+def _cause(error: Exception) -> BaseException:
+    """The driver's own error, if SQLAlchemy, or Optuna, stumbled over one."""
+    each: BaseException | None = error
+    while each is not None:
+        if orig := getattr(each, "orig", None):
+            return orig
+        each = each.__cause__ or each.__context__
+    return error.__cause__ or error
 
 
 def _parse(text: str) -> URL:
@@ -161,9 +193,7 @@ class Place:
         """Write the pointer, once the search is in the database."""
         assert self.url is not None
         text = json.dumps({"ledger": display_ledger(self.url), "uid": uid}, indent=2)
-        temporary = self.pointer.with_suffix(".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.pointer)
+        replace_file(self.pointer, text + "\n")
 
 
 def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
@@ -183,9 +213,11 @@ def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
                 allowed="the setting that it was begun with, or another name",
             )
         return Place(journal)
-    if url is None and (pointer := _read_pointer(place.pointer)) is not None:
+    if url is None and place.pointer.exists():
+        pointer = _read_pointer(place.pointer)
+        where = f"the database {pointer['ledger']}" if pointer else "a database"
         raise InputError(
-            f"the ledger of this search is the database {pointer['ledger']}",
+            f"the ledger of this search is {where}",
             file=place.pointer,
             allowed="its address as `ledger:` in the space file, or in HIERTUNE_LEDGER",
         )
@@ -194,7 +226,10 @@ def place_of(journal: Path, url: str | None, *, given: bool = False) -> Place:
 
 def _read_pointer(path: Path) -> dict[str, str] | None:
     try:
-        pointer = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if not text.strip("\0"):
+            return None  # what a loss of power leaves of a file that was not written to the disk
+        pointer = json.loads(text)
         return {key: str(pointer[key]) for key in ("ledger", "uid")}
     except FileNotFoundError:
         return None

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
+from hiertune._files import sync
 from hiertune.errors import InputError
 
 
@@ -78,8 +79,7 @@ class JournalFile(BaseJournalBackend):
             yield
         finally:
             self._synced = True
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self._path)
 
 
 _ALLOWED = "a journal as Optuna writes it; nothing in it was changed"
@@ -115,11 +115,7 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
 
 def _create(path: Path) -> None:
     path.touch()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the file's name, too, outlives a loss of power
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def _cut_torn_line(path: Path) -> None:

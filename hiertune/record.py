@@ -7,6 +7,9 @@ copied. The newest that was copied whole counts.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +18,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from hiertune._database import Place, connect_arguments, unreachable
+from hiertune._database import Place, engine_arguments, unreachable
 from hiertune._journal import open_journal
 from hiertune.errors import InputError
 
@@ -140,12 +143,47 @@ def open_storage(place: Place, *, writable: bool = False) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if place.url is None:
         return open_journal(place.journal, writable=writable)
+    # When a database is away it tries something slower, and says so; we say what is wrong.
+    logging.getLogger("optuna.storages._rdb").setLevel(logging.ERROR)
+    with answering(place):
+        try:
+            # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
+            return _Database(place.url.replace("{", "{{").replace("}", "}}"), engine_arguments(place.url))
+        except RuntimeError as error:  # tables of another version of Optuna
+            raise unreachable(place.url, error) from None
+
+
+class _Database(RDBStorage):
+    """Records a trial once, however often that is tried.
+
+    A try that failed may have been recorded all the same, or still be under way. Optuna's own method tries
+    five times, and gives each the next number.
+    """
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        if template_trial is None:
+            return super().create_new_trial(study_id)
+        from optuna.storages._rdb.models import StudyModel, TrialModel
+        from optuna.storages._rdb.storage import _create_scoped_session
+
+        with _create_scoped_session(self.scoped_session) as session:
+            StudyModel.find_or_raise_by_id(study_id, session, for_update=True)  # waits for a try under way
+            same = session.query(TrialModel).filter_by(study_id=study_id, number=template_trial.number)
+            trial = same.one_or_none() or self._get_prepared_new_trial(study_id, template_trial, session)
+            return int(trial.trial_id)
+
+
+@contextlib.contextmanager
+def answering(place: Place) -> Iterator[None]:
+    """Within, a database that does not answer (any more) is an InputError."""
+    if place.url is None:
+        yield
+        return
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        # Without Optuna's cache in between: what is read once is read fresh, and the writer remembers.
-        return RDBStorage(place.url.replace("{", "{{").replace("}", "}}"), connect_arguments(place.url))
-    except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise unreachable(place.url, error) from None
 
 

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
+from hiertune._files import sync
 from hiertune.errors import InputError
 
 if TYPE_CHECKING:
@@ -202,13 +203,13 @@ class LocalFolder(Folder):
         new = _unfinished(file)
         try:
             yield new
-            _sync(new)
+            sync(new)
             os.replace(new, file)
         except OSError:
             with contextlib.suppress(OSError):
                 new.unlink()
             raise
-        _sync(file.parent)
+        sync(file.parent)
 
 
 class RemoteFolder(Folder):
@@ -607,11 +608,3 @@ def _files(source: Path) -> list[tuple[str, Path]]:
     if not source.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     return [(p.relative_to(source).as_posix(), p) for p in sorted(source.rglob("*")) if p.is_file()]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

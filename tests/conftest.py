@@ -1,9 +1,11 @@
 """Settings that all tests share, and generated images."""
 
+import contextlib
 import importlib.util
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -82,15 +85,49 @@ class PostgreSQL:
     def stop(self, mode="fast"):
         self._run("pg_ctl", "-D", self._data, "-m", mode, "-w", "-t", 120, "stop")
 
-    def new_database(self):
-        """The address of an empty database, without its password (that is in PGPASSWORD)."""
+    @contextlib.contextmanager
+    def hung(self):
+        """Within, it answers nobody: its processes are stopped, and the kernel takes what is sent to them."""
+        postmaster = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        postmaster.send_signal(signal.SIGSTOP)  # first, that it starts none
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        try:
+            _signal(processes, signal.SIGSTOP)
+            yield
+        finally:
+            _signal(processes, signal.SIGCONT)
+
+    def connected(self):
+        """A connection of psycopg's own, that commits each statement."""
         import psycopg
 
-        name = f"test{next(self._names)}"
         login = {"host": "127.0.0.1", "port": self.port, "user": "hiertune", "password": self.password}
-        with psycopg.connect(**login, dbname="postgres", autocommit=True) as connection:
+        return psycopg.connect(**login, dbname="postgres", autocommit=True)
+
+    def new_database(self):
+        """The address of an empty database, without its password (that is in PGPASSWORD)."""
+        name = f"test{next(self._names)}"
+        with self.connected() as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql+psycopg://hiertune@127.0.0.1:{self.port}/{name}"
+
+    def close(self, url):
+        """End the connections to one of its databases, and take no new ones, until `open`."""
+        name = url.rpartition("/")[2]
+        with self.connected() as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            ended = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = %s"
+            connection.execute(ended, [name])
+
+    def open(self, url):
+        with self.connected() as connection:
+            connection.execute(f"ALTER DATABASE {url.rpartition('/')[2]} ALLOW_CONNECTIONS true")
+
+
+def _signal(processes, number):
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # some do their work and end
+            process.send_signal(number)
 
 
 @pytest.fixture(scope="session")

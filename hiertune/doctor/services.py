@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from hiertune._database import display_ledger
+from hiertune._database import display_ledger, engine_arguments
 from hiertune.doctor.finding import Case, Finding, ok, probe, problem, warning
 from hiertune.errors import InputError
 from hiertune.storage import check_address, shown_address
@@ -249,12 +249,11 @@ def _database(check: str, uri: str) -> Finding:
             check, "is not the address of a database", why, "DATABASE+DRIVER://USER@HOST:PORT/NAME"
         )
     try:
-        options = {"connect_timeout": round(SERVER_SECONDS)} if url.get_backend_name() == "postgresql" else {}
         lite = url.get_backend_name() == "sqlite"
         if lite and url.database and not Path(url.database).exists():
             # connecting would make the file
             return ok(check, f"{shown}, made when it is first used")
-        engine = sqlalchemy.create_engine(url, connect_args=options, poolclass=sqlalchemy.pool.NullPool)
+        engine = sqlalchemy.create_engine(url, **engine_arguments(uri), poolclass=sqlalchemy.pool.NullPool)
         with engine.connect() as connection:
             # "select 1" would not make SQLite look at the file
             connection.execute(sqlalchemy.text("select 1 from sqlite_master" if lite else "select 1"))

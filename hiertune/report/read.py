@@ -24,6 +24,7 @@ from hiertune.record import (
     PARAM,
     SEARCH,
     Identity,
+    answering,
     newest_study,
     open_storage,
     record_of,
@@ -163,12 +164,13 @@ def _read_ledger(run_dir: Path, space: str) -> _Record | None:
         return None
     setting = None if journal.exists() else _ledger_setting(space)
     place = place_of(journal, None if journal.exists() else ledger_url(setting))
-    storage = open_storage(place)
-    study = newest_study(place, storage)
-    if study is None:
-        return None
+    with answering(place):
+        storage = open_storage(place)
+        study = newest_study(place, storage)
+        if study is None:
+            return None
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
     identity = Identity(**study.user_attrs[SEARCH]) if SEARCH in study.user_attrs else None
-    trials = storage.get_all_trials(study._study_id, deepcopy=False)
     return _Record(identity, study.direction, trials)
 
 

@@ -129,7 +129,10 @@ class Ledger:
             importlib.metadata.version("hiertune"),
         )
         if resume and place.url is not None and place.uid is None:
-            place.point(only_search(place, storage, name))
+            if (uid := only_search(place, storage, name)) is None:
+                resume = False
+            else:
+                place.point(uid)
         found = newest_study(place, storage)
         if found is None:
             if resume and place.url is not None:
@@ -222,17 +225,7 @@ class Ledger:
                 self._system_attrs[key] = copy.deepcopy(value)
         trial.set_user_attr("started", time.time())
         frozen = self._memory.get_trial(trial._trial_id)
-
-        def create() -> int:
-            # A try that failed may have been recorded all the same.
-            known = self.storage.get_all_trials(self.study_id, deepcopy=False) if tries else ()
-            tries.append(1)
-            if len(known) > trial.number:
-                return known[trial.number]._trial_id
-            return self.storage.create_new_trial(self.study_id, frozen)
-
-        tries: list[int] = []
-        self._ids.append(self._lasting(create))
+        self._ids.append(self._lasting(lambda: self.storage.create_new_trial(self.study_id, frozen)))
 
     def _complete_params(self, trial: Trial) -> None:
         recorded = self.storage.get_trial(self._ids[trial.number])
@@ -538,6 +531,7 @@ def put_outside(frozen: FrozenTrial, config: Mapping[str, Any], reason: str, rev
         user_attrs=frozen.user_attrs | {OUTSIDE: outside},
         intermediate_values=frozen.intermediate_values,
     )
+    made.number = frozen.number
     made.datetime_start = frozen.datetime_start
     made.datetime_complete = frozen.datetime_complete or made.datetime_complete
     return made
@@ -551,12 +545,17 @@ def _begin_study(place: Place, storage: BaseStorage, identity: Identity) -> int:
     return study_id
 
 
-def only_search(place: Place, storage: BaseStorage, name: str) -> str:
-    """The uid of the search of that name in a database, for a folder that is not there (any more)."""
+def only_search(place: Place, storage: BaseStorage, name: str) -> str | None:
+    """The uid of the search of that name in a database, for a folder that is not there, or lost its pointer.
+
+    None for a folder that was about to have one, and whose search has no trials yet: it may begin again.
+    """
     named = [(identity, study) for identity, study in searches_in(storage) if identity.name == name]
     uids = sorted({found.uid for found, study in named if storage.get_n_trials(study._study_id)})
     if len(uids) == 1:
         return uids[0]
+    if not uids and place.pointer.exists():
+        return None
     problem = f"the database {place} holds {len(uids) or 'no'} searches named {name!r}"
     raise InputError(
         problem, key="name", allowed=f"its run folder, with {place.pointer.name}" if uids else None

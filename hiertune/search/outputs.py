@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiertune._files import replace_file
 from hiertune.errors import InputError
 from hiertune.storage import Folder, patiently
 
@@ -176,15 +177,8 @@ def write_trials(path: Path, records: list[TrialRecord]) -> None:
     from hiertune.record import row_of
 
     rows = [row_of(record) | {"state": state_of(record)} for record in records]
-    replace_text(path, pd.DataFrame(rows).to_csv(index=False))
+    replace_file(path, pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    replace_text(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # paths may be no UTF-8
-    temporary.replace(path)
+    replace_file(path, json.dumps(summary, indent=2, sort_keys=False, allow_nan=False) + "\n")

@@ -205,10 +205,11 @@ def _open_data(space: Space, folder: Path) -> HierarchicalDataset:
 
 
 def _require_in_database(place: Place, name: str) -> None:
-    from hiertune.record import open_storage
+    from hiertune.record import answering, open_storage
     from hiertune.search.ledger import only_search  # loads Optuna
 
-    only_search(place, open_storage(place), name)
+    with answering(place):
+        only_search(place, open_storage(place), name)
 
 
 def _ledger_of(space: Space, config: SearchConfig, folder: RunFolder, resume: bool, behind: bool) -> Place:

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hiertune._files import replace_file
 from hiertune._text import visible, without_passwords
 from hiertune._tree import written
 from hiertune.config import TrialConfig
 from hiertune.errors import InputError
-from hiertune.record import OUTSIDE
+from hiertune.record import OUTSIDE, answering
 from hiertune.search.ledger import Ledger, TrialRecord, carried_over, put_outside
-from hiertune.search.outputs import RunFolder, replace_text
+from hiertune.search.outputs import RunFolder
 from hiertune.search.owner import FolderLock, Ownership
 from hiertune.search.plan import SearchPlan
 from hiertune.space import Mismatch, Space, parse_space
@@ -61,27 +62,28 @@ def open_ledger(plan: SearchPlan, console: Console) -> Iterator[Ledger]:
     """
     resume = plan.resume and not plan.bare
     plan.folder.make()
-    with FolderLock(plan.folder):
+    with FolderLock(plan.folder), contextlib.ExitStack() as stack:
         try:
-            ledger = Ledger.open(
-                plan.ledger,
-                plan.config.name,
-                plan.mode,
-                resume=resume,
-                metric=plan.metric,
-                fingerprint=plan.data.fingerprint,
-                space=without_passwords(plan.space.text),
-            )
+            with answering(plan.ledger):
+                ledger = Ledger.open(
+                    plan.ledger,
+                    plan.config.name,
+                    plan.mode,
+                    resume=resume,
+                    metric=plan.metric,
+                    fingerprint=plan.data.fingerprint,
+                    space=without_passwords(plan.space.text),
+                )
+                stack.enter_context(Ownership(ledger))
+                if not resume:
+                    replace_file(plan.folder.space, without_passwords(plan.space.text))
+                elif (revision := revise(ledger, plan.folder, plan.space)) is not None:
+                    print_revision(console, revision)
+                keep_spaces(plan.folder, ledger)
         except InputError:
             plan.folder.remove_unused()
             raise
-        with Ownership(ledger):
-            if not resume:
-                replace_text(plan.folder.space, without_passwords(plan.space.text))
-            elif (revision := revise(ledger, plan.folder, plan.space)) is not None:
-                print_revision(console, revision)
-            keep_spaces(plan.folder, ledger)
-            yield ledger
+        yield ledger
 
 
 def revise(ledger: Ledger, folder: RunFolder, space: Space) -> Revision | None:
@@ -151,9 +153,9 @@ def keep_spaces(folder: RunFolder, ledger: Ledger) -> None:
     for earlier in range(1, ledger.identity.revision):
         if not folder.earlier_space(earlier).exists():
             # A ledger of before says nothing of its first one, which the file still holds.
-            replace_text(folder.earlier_space(earlier), ledger.space_of(earlier) or present)
+            replace_file(folder.earlier_space(earlier), ledger.space_of(earlier) or present)
     if present != (text := ledger.identity.space or present):
-        replace_text(folder.space, text)
+        replace_file(folder.space, text)
 
 
 def _config_of(frozen: FrozenTrial, record: TrialRecord, space: Space) -> TrialConfig:

@@ -16,11 +16,12 @@ import filelock
 from rich.console import Console
 from rich.markup import escape
 
+from hiertune._files import replace_file
 from hiertune._programs import SUBMITTED_BY
 from hiertune._text import visible
 from hiertune.errors import InputError
 from hiertune.search.interrupt import NOW, STOP
-from hiertune.search.outputs import RunFolder, replace_text
+from hiertune.search.outputs import RunFolder
 
 _POLL_S = 0.2
 
@@ -36,7 +37,7 @@ def stop_search(run: Path, now: bool, console: Console) -> None:
         if not _runs(folder):
             how = "has come to its end" if _has_ended(folder) else f"goes on with:\n  {_command(folder)}"
             raise InputError(f"{folder.root.name} is not running; it {how}", key="NAME")
-        replace_text(folder.request, NOW if now else STOP)
+        replace_file(folder.request, NOW if now else STOP)
     except OSError as error:
         allowed = "stop it as a user, and on a machine, that may write there"
         raise InputError(f"can't be asked: {error.strerror}", file=folder.root, allowed=allowed) from None
@@ -55,7 +56,7 @@ def write_command(folder: RunFolder, command: str) -> None:
     """Keep the command that resumes a search beside what it resumes."""
     # That of a job is typed elsewhere, and the job's own folder is temporary.
     where = "" if os.environ.get(SUBMITTED_BY) else f"cd {shlex.quote(os.getcwd())} && "
-    replace_text(folder.resume, f"{where}{command}\n")
+    replace_file(folder.resume, f"{where}{command}\n")
 
 
 def _runs(folder: RunFolder) -> bool:

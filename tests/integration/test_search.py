@@ -218,6 +218,31 @@ def ended_rows(run):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_search_whose_postgresql_hangs_ends_and_goes_on(
+    hiertune, start_hiertune, write_space, tmp_path, postgresql, postgresql_server
+):
+    search = "scheduler: {kind: none}, controls: false, refit: false, max_concurrent: 1"
+    space = write_space(search, trials=3, epochs=30)
+    space.write_text(space.read_text() + f"ledger: {postgresql}\n")
+    run, curves = tmp_path / "runs" / "small", tmp_path / "runs" / "small" / "curves.csv"
+    process = start_hiertune("search", space)
+    _wait_for(lambda: curves.exists() and "\n1,3," in curves.read_text(), process)  # in its second trial
+    with postgresql_server.hung():
+        said, _ = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert f"the search failed: the ledger {postgresql} can't be written to: " in said
+    assert "what it has is kept, and `--resume` goes on" in said
+    assert "Traceback" not in said
+
+    done = hiertune("search", space, "--resume", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(row["trial"], row["state"], row["epochs"]) for row in rows_of(run)] == [
+        (str(number), "completed", "30") for number in range(3)
+    ]
+
+
+@pytest.mark.long
 def test_a_search_on_postgresql_is_killed_and_goes_on_and_is_extended(
     hiertune, start_hiertune, write_space, tmp_path, postgresql
 ):

@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 
-from hiertune._database import Place, check_reachable, display_ledger, ledger_url, place_of
+from hiertune._database import Place, check_reachable, display_ledger, engine_arguments, ledger_url, place_of
 from hiertune.errors import InputError
 from hiertune.record import open_storage
 from hiertune.search.ledger import Ledger
@@ -95,6 +95,31 @@ def test_a_database_out_of_reach_is_said_in_seconds(monkeypatch):
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.parametrize(
+    ("url", "limits"),
+    [
+        ("mysql+pymysql://me@db/x", {"connect_timeout": 5, "read_timeout": 15, "write_timeout": 15}),
+        ("mysql+pymysql://me@db/x?read_timeout=90", {"connect_timeout": 5, "write_timeout": 15}),
+        ("postgresql+pg8000://me@db/x", {"timeout": 15}),
+        ("sqlite:////tmp/x.db?timeout=60", {}),
+        ("mysql+aiomysql://me@db/x", {}),
+    ],
+)
+def test_a_limit_in_the_address_comes_first(url, limits):
+    assert engine_arguments(url) == {"pool_pre_ping": True, "connect_args": limits}
+
+
+def test_a_database_that_hangs_is_said_in_seconds_or_those_of_its_address(postgresql, postgresql_server):
+    seconds = []
+    for query in ("?connect_timeout=2", ""):
+        begun = time.monotonic()
+        with postgresql_server.hung(), pytest.raises(InputError, match="can't be used: connection timeout"):
+            check_reachable(postgresql + query)
+        seconds.append(time.monotonic() - begun)
+    assert 2 <= seconds[0] < 5 <= seconds[1] < 60
+    check_reachable(postgresql)
+
+
 def test_a_login_that_is_refused_is_said(postgresql, monkeypatch):
     monkeypatch.setenv("PGPASSWORD", "wr0ng-one")
     with pytest.raises(InputError, match=r"can't be used: .*password authentication failed") as raised:
@@ -126,6 +151,21 @@ def test_a_search_is_found_by_its_name_where_its_folder_is_gone(postgresql, tmp_
     place.pointer.unlink()
     assert len(Ledger.open(place, "it", "max", resume=True).records()) == 1
     assert place.uid == ledger.identity.uid
+
+
+@pytest.mark.parametrize("left", [b"", bytes(120)])
+def test_a_pointer_that_a_loss_of_power_emptied_is_made_again(postgresql, tmp_path, left):
+    place = Place(tmp_path / "ledger.log", postgresql)
+    ledger = Ledger.open(place, "it", "max", resume=False)
+    place.pointer.write_bytes(left)
+    with pytest.raises(InputError, match="the ledger of this search is a database\n"):
+        place_of(place.journal, None)
+    again = Ledger.open(place, "it", "max", resume=True)
+    assert again.identity.uid != ledger.identity.uid, "without trials it begins again"
+    again.begin(again.next_trial())
+    place.pointer.write_bytes(left)
+    assert Ledger.open(place, "it", "max", resume=True).identity == again.identity
+    assert place.uid == again.identity.uid
 
 
 def test_a_folder_keeps_to_its_ledger(tmp_path):

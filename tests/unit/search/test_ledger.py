@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import resource
 import signal
+import time
+from concurrent import futures
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from hiertune._database import Place
@@ -902,6 +906,66 @@ def test_a_database_that_never_comes_back_ends_it(postgresql, postgresql_server,
     assert "s3cret" not in str(raised.value)
     assert ledger.lost == str(raised.value)
     assert 30 < sum(waits) < 120
+
+
+def test_a_database_that_hangs_for_a_moment_costs_time_alone(postgresql, postgresql_server, tmp_path):
+    ledger = open_ledger(Place(tmp_path / "ledger.log", postgresql))
+    trial = ask(ledger)
+    ledger.begin(trial)
+    with futures.ThreadPoolExecutor(1) as thread:
+        with postgresql_server.hung():
+            reporting = thread.submit(ledger.report, trial, 1, 0.5)
+            assert not futures.wait([reporting], timeout=1).done
+        assert reporting.result(60)
+    assert ledger.lost is None
+
+
+def test_a_database_that_hangs_is_one_that_is_away(postgresql, postgresql_server, tmp_path, monkeypatch):
+    place = Place(tmp_path / "ledger.log", postgresql + "?connect_timeout=2")
+    ledger = open_ledger(place)
+    trial = ask(ledger)
+    ledger.begin(trial)
+    monkeypatch.setattr("hiertune._database.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("hiertune.search.ledger._PAUSES_S", (0.01,))
+    begun = time.monotonic()
+    with postgresql_server.hung(), pytest.raises(LedgerLost, match=r"written to: .*timeout") as raised:
+        ledger.report(trial, 1, 0.5)
+    assert 0.5 + 2 + 2 <= time.monotonic() - begun < 60, "an answer, and two connections"
+    assert "s3cret" not in str(raised.value)
+    resumed = open_ledger(place, resume=True)
+    assert resumed.report(ask(resumed), 1, 0.5)
+
+
+def test_a_trial_that_is_recorded_late_is_recorded_once(postgresql, postgresql_server, tmp_path, monkeypatch):
+    """Its COMMIT is done only after the ledger has given up waiting, and has begun to write it again."""
+    place = Place(tmp_path / "ledger.log", postgresql)
+    ledger = open_ledger(place)
+    stopped = []
+
+    def stop(connection):
+        if not stopped:
+            stopped.append(connection.connection.dbapi_connection.info.backend_pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    def go_on_when_someone_waits_for_it(watching):
+        try:
+            deadline = time.monotonic() + 60
+            while not watching.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            os.kill(stopped[0], signal.SIGCONT)
+
+    sqlalchemy.event.listen(ledger.storage.engine, "commit", stop)
+    monkeypatch.setattr("hiertune._database.ANSWER_SECONDS", 2)
+    with postgresql_server.connected() as watching, futures.ThreadPoolExecutor(1) as thread:
+        going_on = thread.submit(go_on_when_someone_waits_for_it, watching)
+        for _ in range(2):
+            ledger.begin(ask(ledger))
+        going_on.result(60)
+    trials = open_storage(place).get_all_trials(ledger.study_id)
+    assert [(trial.number, trial._trial_id) for trial in trials] == list(enumerate(ledger._ids))
+    assert len(trials) == 2
 
 
 def test_who_keeps_a_copy_hears_of_a_trial_when_the_journal_has_it(tmp_path):

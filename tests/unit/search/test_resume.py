@@ -2,6 +2,7 @@
 
 import optuna
 import pytest
+import sqlalchemy
 from rich.console import Console
 
 from hiertune._database import Place
@@ -308,3 +309,45 @@ def test_a_folder_whose_ledger_is_gone_is_refused(planned):
     plan.folder.curves.write_text("trial,epoch,metric,value\n")
     with pytest.raises(InputError, match="there is no search to resume"):
         planned(CONTINUOUS, resume=True)
+
+
+def test_a_database_that_is_lost_while_the_search_is_opened_is_one_error(
+    planned, postgresql, postgresql_server, monkeypatch, capfd
+):
+    text = CONTINUOUS + f"ledger: {postgresql}\n"
+    with open_ledger(planned(text), QUIET) as ledger:
+        sample(ledger, planned(text, resume=True).space, "random", 2)
+    statements, at, opened, errors = 0, 0, False, []
+
+    def lose(*args):
+        nonlocal statements
+        if statements == at:
+            postgresql_server.close(postgresql)
+        statements += 1
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", lose)
+    monkeypatch.setattr("hiertune.search.owner._process.born", lambda pid: "")  # whoever had it is gone
+    try:
+        while not opened:
+            statements = -1000  # planning looks at it, too
+            plan = planned(text.replace("epochs: 5", f"epochs: {{int: [5, {6 + at}]}}"), resume=True)
+            statements = 0
+            try:
+                with open_ledger(plan, QUIET) as ledger:
+                    opened = True
+                    statements = at + 1
+            except InputError as error:
+                errors.append(str(error))
+            finally:
+                postgresql_server.open(postgresql)
+            at += 17
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", lose)
+    assert len(errors) > 5
+    assert {error.partition(" can't be used: ")[0] for error in errors} == {f"ledger: '{postgresql}'"}
+    assert {len(error.splitlines()) for error in errors} == {2}, "one line, and what to do"
+    assert {error.splitlines()[0].partition(" can't be used: ")[2] for error in errors} <= {
+        "terminating connection due to administrator command",
+        "the connection is closed",
+    }
+    assert capfd.readouterr().err == ""
