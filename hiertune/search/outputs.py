@@ -28,7 +28,7 @@ OWN = ".session"
 
 def is_search(folder: Path) -> bool:
     """Whether a folder is one of a search that was begun."""
-    marks = ("search.lock", "ledger.log", "ledger.json", "trials.csv")
+    marks = ("search.lock", "ledger.log", "ledger.json", "trials.csv", "summary.json")
     return any(os.path.exists(folder / mark) for mark in marks)  # pathlib raises for a name that is too long
 
 

@@ -137,7 +137,7 @@ def test_folders_and_metrics_that_cannot_be_used(run, capsys, tmp_path):
         assert code == 2
         return " ".join(shown.split())
 
-    assert "nowhere: has no winner (yet)" in refused(tmp_path / "nowhere")
+    assert f"there is no search of this name: {tmp_path}/nowhere" in refused(tmp_path / "nowhere")
     said = refused(run, "--metric", "val/loss")
     assert "--metric: 'val/loss' is not decided by how logits become names" in said
     assert "val/accuracy/genus" in said
