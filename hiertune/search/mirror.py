@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 import uuid
@@ -59,23 +58,19 @@ _MOST_BYTES = 1 << 23
 # ----------------------------------------------------------------------------------- sessions
 
 
-@dataclass(frozen=True)
-class Session:
+@dataclass(frozen=True, kw_only=True)
+class Session(_process.Process):
     """One process that runs the search."""
 
     id: str
-    host: str
     user: str
-    pid: int
     begun: str
-    machine: str
-    """Boot and process namespace: where `pid` means something."""
     ended: bool = False
 
     @classmethod
     def new(cls) -> Session:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _user(), os.getpid(), now, _process.machine())
+        return cls.this(id=uuid.uuid4().hex, user=_user(), begun=now)
 
     @classmethod
     def read(cls, folder: Folder) -> Session | None:
@@ -92,17 +87,7 @@ class Session:
     @property
     def died(self) -> bool:
         """Whether it ran on this machine, and does no longer; or was an earlier one of this very process."""
-        if self.machine != _process.machine():
-            return False
-        if self.pid == os.getpid():
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.lives is False or (self.lives is True and self.pid == os.getpid())
 
 
 def refuse_running(folder: Folder) -> None:
