@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from hiertune import _process
+from hiertune._text import without_passwords
 from hiertune.errors import InputError
 from hiertune.search.outputs import LOGITS, SESSION, RunFolder
 from hiertune.storage import Folder, patiently
@@ -230,7 +231,7 @@ class _Growing:
 
 def _masked(content: bytes) -> bytes:
     """Passwords in addresses as so many stars: all other bytes stay where they are."""
-    return re.sub(rb"(://[^\s:/@\"']*:)([^\s/@\"']+)(?=@)", lambda m: m[1] + b"*" * len(m[2]), content)
+    return without_passwords(content.decode("latin-1"), same_length=True).encode("latin-1")
 
 
 def _whole_lines(path: Path) -> int:

@@ -467,6 +467,9 @@ def test_a_sync_says_what_it_lacks(tracked, capsys, monkeypatch):
     [
         ("http://me:s3cret@host", "http://me:***@host"),
         ("http://:s3cr@et@host", "http://:***@host"),
+        ("http://me:s3c/ret@host:5000/x", "http://me:***@host:5000/x"),
+        ("postgresql://me:12/s3c@host/db", "postgresql://me:***@host/db"),
+        ("http://me:***@host", "http://me:***@host"),
         ("postgresql://me@host/db?password=s3cret", "postgresql://me@host/db?password=***"),
     ],
 )
