@@ -195,10 +195,11 @@ def test_a_terminal_that_lacks_a_mark_ends_nothing(folder):
 def test_a_search_that_nobody_reads_any_more_goes_on(folder):
     program = (
         "import sys, time\n"
-        "from hiertune.cli import _Output\n"
-        "for number in range(3): _Output().print(number); time.sleep(0.2)\n"
-        "print('not seen', flush=True)\n"
-        "print('done', file=sys.stderr)\n"
+        "from hiertune.cli import Console, _outputs\n"
+        "with _outputs():\n"
+        "    for number in range(3): Console().print(number); time.sleep(0.2)\n"
+        "    print('not seen', flush=True)\n"
+        "    print('done', file=sys.stderr)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
