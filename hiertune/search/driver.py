@@ -315,7 +315,7 @@ def _run_all(
                 tracker.trial_ended(record.number, "interrupted")
     if interruption.asked:
         progress = progress_line(records, plan.trials)
-        raise SearchInterrupted(f"{progress}; go on with:\n  {resume_command(plan)}")
+        interruption.stopped(f"{progress}; go on with:\n  {resume_command(plan)}")
     if streak.broken:
         raise SearchFailed(f"{streak.verdict}\nMend it, then go on: {resume_command(plan)}")
 

@@ -1,10 +1,12 @@
 """Commands whose output nobody reads to its end, as in `hiertune schema | head -1`."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -100,3 +102,29 @@ def test_predictions_that_nobody_reads_are_not_made(folder):
         threading.Thread(target=feed, daemon=True).start()
         _, said = process.communicate(timeout=200)
     assert (process.returncode, said) == (0, "")
+
+
+def test_ctrl_c_while_a_search_says_how_far_it_got_loses_nothing_of_it(folder):
+    code = (
+        "import sys; from hiertune.cli import main; from hiertune.search import driver\n"
+        "def run_search(plan, console, interruption, again):\n"
+        "    print('ready', file=sys.stderr, flush=True)\n"
+        "    interruption.stopped('1 of 2 trials ended; go on')\n"
+        "driver.run_search = run_search\n"
+        "main(['search', 'space.yaml'])\n"
+    )
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):  # full
+        while True:
+            os.write(writer, bytes(1 << 16))
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "stopped: 1 of 2 trials ended; go on\n"
+    os.close(reader)
+    assert process.wait(timeout=200) == 130
+    process.stderr.close()
