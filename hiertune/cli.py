@@ -171,10 +171,18 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     except SearchInterrupted as error:
         console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
         code = INTERRUPTED
-    except (SearchFailed, OSError) as error:  # the disk is full, or gone
-        said = escape(visible(str(error), keep="\n"))
+    except InputError:
+        raise
+    except Exception as error:  # the log has its traceback
+        if interruption.at_once:
+            raise
+        said = visible(str(error), keep="\n")
+        if not isinstance(error, SearchFailed | OSError):
+            said = f"{type(error).__name__}: {said.partition(chr(10))[0]}"
+        log = plan.folder.log
+        see = f"\n  see {escape(str(log))}" if log.exists() else ""
         Console(stderr=True).print(
-            f"[bold red]the search failed:[/] {said}\n  see {escape(str(plan.folder.log))}",
+            f"[bold red]the search failed:[/] {escape(said)}{see}",
             highlight=False,
             soft_wrap=True,
         )

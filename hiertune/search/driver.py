@@ -19,6 +19,7 @@ from rich.markup import escape
 from hiertune._summary import read_summary
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
+from hiertune.errors import InputError
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
@@ -84,10 +85,11 @@ def run_search(
     interruption = interruption or Interruption()
     interruption.check()
     folder = plan.folder
+    folder.make()
     with (
         _mirrored(folder, console, interruption) as mirror,
-        open_ledger(plan, console) as ledger,
         _logging_to(folder.log),
+        open_ledger(plan, console) as ledger,
         interruption.watching(folder.request),
     ):
         earlier = ledger.used().seconds  # of sessions before this one
@@ -186,7 +188,6 @@ def _mirrored(folder: RunFolder, console: Console, interruption: Interruption) -
     def say(text: str) -> None:
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    folder.make()
     try:
         mirror = Mirror(folder, say)
     except OSError as error:
@@ -396,13 +397,23 @@ def _track_winner(tracker: Tracker, folder: RunFolder, summary: dict[str, Any]) 
     tracker.artifact(None, folder.trials)
 
 
+class _LogFile(logging.FileHandler):
+    """There from its first record on: a search that is refused leaves none. Of a full disk the ledger tells;
+    here each record would raise, or print a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
-    handler = logging.FileHandler(path)
+    """Ray's and Optuna's messages go to the search's log, not between the lines of the display; and so does
+    the traceback of whatever ends the search."""
+    handler = _LogFile(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # Of a full disk the ledger tells; here each line would print a traceback.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
     # After the trials Tune misses the files of its own loggers, and says so for each trial.
     handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
@@ -412,6 +423,11 @@ def _logging_to(path: Path) -> Iterator[None]:
         logger.handlers, logger.propagate = [handler], False
     try:
         yield
+    except (InputError, SearchInterrupted):
+        raise
+    except Exception:  # the terminal has one line of it
+        logging.getLogger(__name__).exception("the search failed")
+        raise
     finally:
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)

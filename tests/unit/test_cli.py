@@ -482,6 +482,45 @@ def test_a_password_in_the_file_is_refused_and_not_repeated(folder, capsys, uri,
     assert "s3c" not in said
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left", "trials.csv"), "[Errno 28] No space left: 'trials.csv'"),
+        (ValueError("of [b]\nours"), "ValueError: of [b]"),
+    ],
+)
+@pytest.mark.parametrize(
+    "where", ["hiertune.search.resume.keep_spaces", "hiertune.search.driver.write_command"]
+)
+def test_what_ends_a_search_is_one_line_and_the_log_has_the_rest(
+    folder, capsys, monkeypatch, where, error, line
+):
+    def what_fails(*args):
+        raise error
+
+    monkeypatch.setattr(where, what_fails)
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "space.yaml"])
+    log = folder / "runs" / "it" / "search.log"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"the search failed: {line}\n  see {log}\n"
+    kept = log.read_text()
+    assert "ERROR hiertune.search.driver: the search failed\nTraceback (most recent call last):\n" in kept
+    assert "in what_fails\n" in kept
+    assert kept.endswith(f"{type(error).__name__}: {error}\n")
+
+
+def test_a_refused_search_is_no_failure(folder, monkeypatch):
+    def refuses(*args):
+        raise InputError("is refused")
+
+    monkeypatch.setattr("hiertune.search.driver.write_command", refuses)
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "space.yaml"])
+    assert ended.value.code == 2
+    assert not (folder / "runs" / "it" / "search.log").exists()
+
+
 def test_continue_begins_a_search_or_goes_on_with_it(folder):
     space, runs = folder / "space.yaml", folder / "runs"
     plan = plan_search(space, runs, resume=None)
