@@ -125,7 +125,8 @@ def run_search(
             [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
         )
         if plan.resume:
-            display.note(f"resuming {plan.config.name}: {progress_line(ledger.records(), plan.trials)}")
+            progress = progress_line(ledger.records(), plan.trials, _has_trials_left(ledger, budget))
+            display.note(f"resuming {plan.config.name}: {progress}")
         with _tracked(plan, tracker, interruption, console):
             with (
                 display,

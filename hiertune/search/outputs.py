@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused searc
 LOGITS = "val_logits.safetensors"
 SESSION = "session.json"
 """In storage: who runs the search."""
+OPEN = ("interrupted", "outside")
+"""States of trials that may go on, or count again."""
 
 
 class RunFolder:
@@ -153,6 +155,11 @@ def state_of(record: TrialRecord) -> str:
 def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
     """How many trials came to each end."""
     return dict(Counter(map(state_of, records)))
+
+
+def count_ended(states: Mapping[str, int]) -> int:
+    """How many of the trials in each state have ended, and count."""
+    return sum(count for state, count in states.items() if state not in OPEN)
 
 
 def write_trials(path: Path, records: list[TrialRecord]) -> None:
