@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiertune._text import visible
 from hiertune.errors import InputError
 from hiertune.storage import Folder, patiently
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # Optuna and pandas take seconds to load, and a refused searc
 LOGITS = "val_logits.safetensors"
 SESSION = "session.json"
 """In storage: who runs the search."""
+_BEFORE_LEDGER = {"search.lock", "search.owner", "search.log", "stop-request"}
+_SIGNS = {".session", "curves.csv"}
+"""A search that lost its ledger, or was not brought back whole, has one of these."""
 OPEN = ("interrupted", "outside")
 """States of trials that may go on, or count again."""
 
@@ -110,6 +114,16 @@ class RunFolder:
         except OSError as error:
             raise _no_place(self.root, f"can't be made: {error.strerror}") from None
 
+    def require_own(self) -> None:
+        """InputError for a folder of other things, which no search may write to."""
+        if others := self._others():
+            shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
+            raise InputError(
+                f"{self.root} is no search's, and holds other files: {visible(shown)}",
+                key="name",
+                allowed="another name (`--name NAME`), or another folder (`--runs`)",
+            )
+
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
         there: Path | Folder | None = self.root if self.root.exists() else None
@@ -140,7 +154,14 @@ class RunFolder:
     @property
     def is_bare(self) -> bool:
         """A search that was killed before anything was recorded: it can begin again."""
-        return self.root.exists() and not self.begun and not self.curves.exists()
+        return self.root.exists() and not self.begun and not self.curves.exists() and not self._others()
+
+    def _others(self) -> set[str]:
+        """What lies in a folder that is no search's."""
+        if self.begun or not self.root.exists():
+            return set()
+        names = set(os.listdir(self.root))
+        return set() if names & _SIGNS else names - _BEFORE_LEDGER
 
 
 def _no_place(path: Path, problem: str) -> InputError:

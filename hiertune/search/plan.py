@@ -92,6 +92,7 @@ def plan_search(
         config = _with_time_budget(config, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
     folder.require_writable()
+    folder.require_own()
     if resume is False:
         folder.require_new()
     folder = RunFolder(folder.root, _storage(space, config, folder.root))

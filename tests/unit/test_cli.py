@@ -270,9 +270,10 @@ def test_ctrl_c_while_a_search_is_checked_ends_at_once(folder):
 def test_a_search_that_exists_is_not_overwritten(folder, capsys):
     (folder / "runs" / "it").mkdir(parents=True)
     (folder / "runs" / "it" / "precious").write_text("result")
+    (folder / "runs" / "it" / "ledger.log").touch()
     message = refused(capsys, "search", "space.yaml")
     assert "--resume" in message
-    assert [path.name for path in (folder / "runs" / "it").iterdir()] == ["precious"]
+    assert sorted(os.listdir(folder / "runs" / "it")) == ["ledger.log", "precious"]
 
 
 def test_bad_input_is_told_before_anything_heavy_is_loaded(folder):
@@ -419,6 +420,45 @@ def test_the_handler_of_sigterm_is_put_back(folder, capsys):
     done(capsys, "data", "describe", "data.h5")
     refused(capsys, "data", "describe", "none.h5")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--continue",)])
+def test_a_folder_of_other_things_is_left_alone(folder, capsys, flags):
+    stored = plan_search(folder / "space.yaml", folder / "stored").folder
+    (stored.root / "ledger.log.parts").mkdir(parents=True)
+    (stored.root / "space.yaml").write_text(GOOD)  # in storage a search of this name has begun
+    (stored.root / "session.json").write_text("{}")
+    (folder / "space.yaml").write_text(GOOD.replace("search:", "storage: stored\nsearch:"))
+    root = folder / "runs" / "it"
+    (root / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt", "search.log", "space.yaml"):
+        (root / name).write_text("mine")
+
+    def found():
+        return {
+            path: path.is_file() and (path.read_text(), path.stat().st_mtime_ns) for path in root.rglob("*")
+        }
+
+    before = found()
+    said = refused(capsys, "search", "space.yaml", *flags)
+    assert said == (
+        f"error: name: {root} is no search's, and holds other files: a.txt, space.yaml, sub\n"
+        "  allowed: another name (`--name NAME`), or another folder (`--runs`)\n"
+    )
+    assert found() == before
+    assert sorted(os.listdir(folder)) == ["data.h5", "runs", "space.yaml", "stored"]
+
+
+def test_what_a_search_leaves_before_it_has_a_ledger_is_its_own(folder):
+    root = folder / "runs" / "it"
+    root.mkdir(parents=True)
+    for name in ("search.log", "search.lock", "search.owner", "stop-request"):
+        (root / name).touch()
+        assert RunFolder(root).is_bare
+    assert plan_search(folder / "space.yaml", folder / "runs", resume=True).resume
+    (root / "curves.csv").touch()  # of one that has lost its ledger
+    with pytest.raises(InputError, match="there is no search to resume"):
+        plan_search(folder / "space.yaml", folder / "runs", resume=True)
 
 
 @pytest.fixture
