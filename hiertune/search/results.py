@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiertune._programs import as_typed
+from hiertune._summary import beyond
 from hiertune._text import visible
+from hiertune.config import SearchSection
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
 from hiertune.search.outputs import OPEN, count_ended, count_states
@@ -77,6 +79,9 @@ def print_results(
     for label, control in controls.items():
         console.print(_verdict(label, control["against_winner"]), highlight=False)
     console.print()
+    if off := beyond(summary, plan.config.search):
+        text = f"{switched(off, plan.config.search)}; what is shown was measured before"
+        console.print(f"[yellow]note:[/] {text}", highlight=False)
     delivery = Delivery(*(summary["tracking"].get(name) for name in ("delivered", "total", "error", "since")))
     if (ended := ended_line(summary)) is not None:
         console.print(ended, highlight=False)
@@ -88,6 +93,13 @@ def print_results(
     console.print()
     for what, command in next_commands(plan, summary, decode=renamed).items():
         console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+
+
+def switched(settings: list[str], search: SearchSection) -> str:
+    """How settings of the search's end stand now."""
+    return " and ".join(
+        f"search.{name} is {'on' if getattr(search, name) else 'off'} now" for name in settings
+    )
 
 
 def ended_line(summary: dict[str, Any]) -> str | None:
