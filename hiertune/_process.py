@@ -5,10 +5,51 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+from typing_extensions import Self
+
+_PROGRAM = uuid.uuid4().hex
+"""This process since it last began a program: `exec` changes neither its number nor when it began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process as it is written down, to be known again. What is empty was not noted by that version."""
+
+    host: str
+    """For people: containers, and machines, may have the same name."""
+    machine: str = ""
+    """Where `pid` means something."""
+    pid: int
+    born: str = ""
+    """When it began, as its system counts: numbers are used again."""
+    program: str = ""
+
+    @classmethod
+    def this(cls, **more: Any) -> Self:
+        """This process, as it is now; `more` are the fields of a subclass."""
+        pid = os.getpid()
+        return cls(
+            host=socket.gethostname(), machine=machine(), pid=pid, born=born(pid), program=_PROGRAM, **more
+        )
+
+    @property
+    def lives(self) -> bool | None:
+        """Whether it still runs. None: it can't be told, as of another machine, container or boot."""
+        if self.machine != machine():
+            return None
+        now = born(self.pid)
+        if now and not self.born:
+            return None
+        if not now or now != self.born:
+            return False
+        return self.pid != os.getpid() or self.program == _PROGRAM
 
 
 def machine() -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
+from hiertune.config import SearchSection
 from hiertune.errors import InputError
 
+DECODE_OFF = "search.decode is off"
+"""Why there is no rule for the winner's logits where none was asked for."""
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Metrics = dict[str, float]
 
@@ -97,6 +101,26 @@ def read_summary(path: Path) -> dict[str, Any]:
 def read_winner_metrics(path: Path) -> dict[str, float]:
     """The metrics of the winner alone, whatever else is in the file. InputError as `read_summary`."""
     return _read(path, _WINNER)["winner"]["metrics"]
+
+
+def missing_in(summary: Mapping[str, Any], search: SearchSection) -> list[str]:
+    """The settings of a search's end that ask for what its summary has not, or has otherwise."""
+    return [name for name in _differing(summary, search) if name == "refit" or getattr(search, name)]
+
+
+def beyond(summary: Mapping[str, Any], search: SearchSection) -> list[str]:
+    """The settings of a search's end that are off, while its summary has what they would give."""
+    return [name for name in _differing(summary, search) if name != "refit" and not getattr(search, name)]
+
+
+def _differing(summary: Mapping[str, Any], search: SearchSection) -> list[str]:
+    decoding = summary["winner"].get("decoding", {"reason": DECODE_OFF})  # older summaries have none
+    had = {
+        "controls": bool(summary["controls"]),
+        "refit": summary["refit"],
+        "decode": decoding.get("reason") != DECODE_OFF,
+    }
+    return [name for name, value in had.items() if value != getattr(search, name)]
 
 
 def _read(path: Path, adapter: TypeAdapter[Any]) -> dict[str, Any]:

@@ -31,10 +31,35 @@ def check_storable(texts: Iterable[str], *, key: str, file: str | Path | None = 
             raise InputError(f"{text!r} {problem}", file=file, key=key, allowed=STORABLE)
 
 
-def without_passwords(text: str) -> str:
-    """`text` with `***` for the password of every address, `scheme://user:password@host` or `?password=`."""
-    text = re.sub(r"(://[^\s:/@\"']*):[^\s/\"']+@", r"\1:***@", text)
-    return re.sub(r"(?i)(://[^\s\"']*[?&](?:ssl)?(?:password|passwd|pwd)=)[^\s&\"']+", r"\1***", text)
+_ADDRESS = re.compile(r"(?:https?|hdfs|viewfs)?://[^\s\"']*", re.ASCII | re.IGNORECASE)
+# Behind the first colon of these a number is a port. Databases take all up to the '@' for a password.
+_LOGIN = re.compile(
+    r"((?:https?|hdfs|viewfs)://[^:/@\[]*:(?!\d{1,5}[/?#])"
+    r"|(?<!http)(?<!https)(?<!hdfs)(?<!viewfs)://[^:/@]*:)(?!\*+(?:@|$))(.+)",
+    re.DOTALL | re.IGNORECASE,
+)
+_OPTION = re.compile(r"((?:password|passwd|pwd|passphrase)=)([^&]+)", re.IGNORECASE)
+
+
+def without_passwords(text: str, *, same_length: bool = False) -> str:
+    """`text` with `***` for the password of every address, `scheme://user:password@host` or `?password=`.
+
+    A password may hold any sign but spaces and quotes; where it ends in doubt, what follows is hidden too.
+
+    Args:
+        same_length: as many stars as there were signs, so that all others stay where they are.
+    """
+    return _ADDRESS.sub(lambda found: without_password(found[0], same_length=same_length), text)
+
+
+def without_password(address: str, *, same_length: bool = False) -> str:
+    """As `without_passwords`, of a text that is one address, with any sign in its password."""
+
+    def hide(found: re.Match[str]) -> str:
+        return found[1] + "*" * (len(found[2]) if same_length else 3)
+
+    login, at, host = address.rpartition("@")
+    return _OPTION.sub(hide, _LOGIN.sub(hide, login) + at + host)
 
 
 def visible(text: str, keep: str = "") -> str:

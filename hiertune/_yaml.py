@@ -19,6 +19,7 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
+from hiertune._text import without_password
 from hiertune.errors import InputError
 
 MAX_BYTES = 1 << 18
@@ -60,9 +61,6 @@ def shown_key(key: Key) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-_PASSWORD = re.compile(r"(?i)(://[^/:@]*:)[^/]*(?=@)|(password=)[^&']*")
-
-
 def show(value: Any) -> str:
     """A value as a user wrote it, without the passwords of addresses, cut to a readable length."""
     if value is None:
@@ -74,7 +72,7 @@ def show(value: Any) -> str:
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(show(item) for item in value[:8]) + (", ..." if len(value) > 8 else "") + "]"
     else:
-        text = _PASSWORD.sub(r"\1\2***", repr(value))
+        text = repr(without_password(value) if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -6,15 +6,18 @@ and nothing started, 130 interrupted, 143 ended by SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import signal
+import stat
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -48,16 +51,64 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds one folder
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; the process ends with one of the exit codes above."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a mark that a terminal can't show must not end a search
-    errors = Console(stderr=True)
+    with _outputs():
+        errors = Console(stderr=True)
+        try:
+            app(args=argv)
+        except InputError as error:
+            text = escape(visible(str(error), keep="\n"))
+            errors.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
+            sys.exit(2)
+
+
+class _Pipe(io.FileIO):
+    """What nobody reads any more, as after `| head`, is dropped: a command goes on without a word."""
+
+    all_there_is = False
+    """The command is there for this output only, and ends with it."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            if self.all_there_is:
+                self.all_there_is = False  # what is left is dropped
+                sys.exit(0)
+            return len(content)
+
+
+@contextlib.contextmanager
+def _outputs() -> Iterator[None]:
+    """The standard streams, such that what can't be shown or is not read any more ends no command."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_forgiving, before)
     try:
-        app(args=argv)
-    except InputError as error:
-        text = escape(visible(str(error), keep="\n"))
-        errors.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _forgiving(stream: Any) -> Any:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="replace")  # a mark that a terminal can't show must not end a search
+    try:
+        number = stream.fileno()
+    except OSError:  # there is no file behind it
+        return stream
+    if not stat.S_ISFIFO(os.fstat(number).st_mode):
+        return stream
+    pipe = io.BufferedWriter(_Pipe(number, "wb", closefd=False))
+    return io.TextIOWrapper(pipe, stream.encoding, "replace", None, stream.line_buffering)
+
+
+def _end_with_output() -> None:
+    """From here on the command ends when nobody reads what it prints."""
+    pipe = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(pipe, _Pipe):
+        pipe.all_there_is = True
 
 
 @app.command()
@@ -81,7 +132,7 @@ def search(
     """Search a space: train many settings, prove which win, keep the best model."""
     from hiertune.search.interrupt import Interruption, leave
 
-    console = _Output()
+    console = Console()
     with Interruption() as interruption:
         try:
             from hiertune.search.plan import plan_search
@@ -110,16 +161,6 @@ def search(
             leave(interruption.last_words)
 
 
-class _Output(Console):
-    """A search goes on without a word when nobody reads any more, as after `| head`."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> None:
     from hiertune.search.interrupt import INTERRUPTED, SearchInterrupted, leave
 
@@ -132,10 +173,18 @@ def _search(plan: SearchPlan, console: Console, interruption: Interruption) -> N
     except SearchInterrupted as error:
         console.print(f"stopped: {escape(str(error))}", highlight=False, soft_wrap=True)
         code = INTERRUPTED
-    except (SearchFailed, OSError) as error:  # the disk is full, or gone
-        said = escape(visible(str(error), keep="\n"))
+    except InputError:
+        raise
+    except Exception as error:  # the log has its traceback
+        if interruption.at_once:
+            raise
+        said = visible(str(error), keep="\n")
+        if not isinstance(error, SearchFailed | OSError):
+            said = f"{type(error).__name__}: {said.partition(chr(10))[0]}"
+        log = plan.folder.log
+        see = f"\n  see {escape(str(log))}" if log.exists() else ""
         Console(stderr=True).print(
-            f"[bold red]the search failed:[/] {said}\n  see {escape(str(plan.folder.log))}",
+            f"[bold red]the search failed:[/] {escape(said)}{see}",
             highlight=False,
             soft_wrap=True,
         )
@@ -194,6 +243,8 @@ def predict(
     from hiertune.storage import local_copy
 
     with local_copy(model) as folder:
+        if out is None:
+            _end_with_output()
         broken = predict_file(folder, inputs, out, skip_broken=skip_broken)
     if broken:
         shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")

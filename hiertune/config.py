@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from hiertune._text import without_password
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -719,7 +721,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri is not None and (re.search(r"://[^/@]*:[^/]*@", uri) or re.search(r"(?i)password=", uri)):
+        if uri is not None and ("***" in uri or without_password(uri) != uri):
             raise ValueError(
                 "holds a password: give the whole address in MLFLOW_TRACKING_URI, or a server's login in "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

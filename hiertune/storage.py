@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from hiertune._files import sync
+from hiertune._text import without_password
 from hiertune.errors import InputError
 
 if TYPE_CHECKING:
@@ -349,18 +350,19 @@ def check_address(text: str, key: str = "storage", **where: Any) -> None:
         raise refuse("names no folder")
     if "://" not in text:
         return
+    named = text.partition("://")[0].lower()
+    scheme = _ALIASES.get(named, named)
+    if scheme not in _OPTIONS:
+        raise refuse(f"{named!r} addresses are not known")
+    if _holds_credentials(text):
+        place = _CREDENTIALS.get(scheme)
+        allowed = f"in the environment: {place}" if place else ALLOWED
+        raise refuse("credentials must not stand in an address", allowed)
     try:
         parts = urlsplit(text)
         _ = parts.port
     except ValueError as error:
         raise refuse(f"is no address: {error}") from None
-    scheme = _ALIASES.get(parts.scheme, parts.scheme)
-    if scheme not in _OPTIONS:
-        raise refuse(f"{parts.scheme!r} addresses are not known")
-    if _holds_credentials(text):
-        raise refuse(
-            "credentials must not stand in an address", f"in the environment: {_CREDENTIALS[scheme]}"
-        )
     if scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path):
         raise refuse("names no folder of this machine", "file:///folder")
     if scheme in ("s3", "gs", "abfs") and not parts.netloc:
@@ -377,7 +379,7 @@ def shown_address(text: str) -> str:
     """`text` without what may be credentials: a name and password before the host, unknown options."""
     if "://" not in text:
         return text
-    head, _, query = text.partition("?")
+    head, _, query = without_password(text).partition("?")
     scheme, _, rest = head.partition("://")
     authority, slash, path = rest.partition("/")
     known = _OPTIONS.get(_ALIASES.get(scheme, scheme), ())
@@ -391,7 +393,12 @@ def shown_address(text: str) -> str:
 
 
 def _holds_credentials(text: str) -> bool:
-    parts = urlsplit(text)
+    if without_password(text) != text:
+        return True  # keys of S3 often have a '/', after which nothing looks like a login any more
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return "@" in text
     user, at, _ = parts.netloc.rpartition("@")
     scheme = _ALIASES.get(parts.scheme, parts.scheme)
     harmless = {"gs": user == "anonymous", "abfs": ":" not in user, "hdfs": ":" not in user}

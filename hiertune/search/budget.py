@@ -8,6 +8,7 @@ from typing import Literal
 
 from hiertune.config import SearchSection
 from hiertune.search.ledger import Mode, TrialRecord, Used
+from hiertune.search.outputs import count_ended
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Ending:
 
     def sentence(self, states: Mapping[str, int], trials: int) -> str:
         """With how far the search has got: the number of trials in each state, and in all."""
-        interrupted = states.get("interrupted", 0)
+        ended, interrupted = count_ended(states), states.get("interrupted", 0)
+        count = (
+            f"{ended} of {trials} trials" if ended <= trials else f"{ended} trials, {trials} were asked for"
+        )
         rest = f", {interrupted} interrupted" if interrupted else ""
-        return f"{self.reason}: {sum(states.values()) - interrupted} of {trials} trials{rest}"
+        return f"{self.reason}: {count}{rest}"
 
 
 class Budget:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hiertune._summary import DECODE_OFF
 from hiertune.config import TrialConfig
 from hiertune.decoding import (
     MOST_BYTES,
@@ -43,7 +44,7 @@ def keeps_logits(plan: SearchPlan) -> bool:
 def choose_rule(plan: SearchPlan, best: TrialRecord, config: TrialConfig) -> Choice:
     """The rule for the objective on the validation logits of the best trial, whose config is `config`."""
     if not plan.config.search.decode:
-        return Choice(None, "search.decode is off")
+        return Choice(None, DECODE_OFF)
     if _too_large(plan):
         size = logits_bytes(len(plan.data.rows("val")), plan.data.taxonomy) / 2**20
         return Choice(

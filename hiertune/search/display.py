@@ -60,6 +60,7 @@ class Display:
             TimeElapsedColumn(),
             console=console,
         )
+        self._total = total
         self._task = self._bar.add_task("trials", total=total)
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -98,7 +99,8 @@ class Display:
         return f"{ending.reason}: {epochs} end, then the winner is measured"
 
     def resumed(self, records: list[TrialRecord]) -> None:
-        """Trials that ended before this run of the search."""
+        """Trials that ended before this run of the search; there may be more of them than it is to have."""
+        self._bar.update(self._task, total=max(self._total, len(records)))
         for record in records:
             self._count(record)
 

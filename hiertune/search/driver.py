@@ -16,21 +16,23 @@ from ray.tune import TuneError
 from rich.console import Console
 from rich.markup import escape
 
-from hiertune._summary import read_summary
+from hiertune._summary import missing_in, read_summary
 from hiertune.config import TrialConfig
 from hiertune.decoding import CRM
+from hiertune.errors import InputError
 from hiertune.report import write_report
 from hiertune.search import cluster
 from hiertune.search.budget import Budget, Ending
 from hiertune.search.capacity import GroupShape
 from hiertune.search.credentials import kept_from_ray
-from hiertune.search.decoding import Choice, choose_rule
+from hiertune.search.decoding import Choice, choose_rule, keeps_logits
 from hiertune.search.display import Display, redraws
 from hiertune.search.failures import FailureStreak
 from hiertune.search.interrupt import Interruption, SearchInterrupted, Skipped
 from hiertune.search.ledger import Ledger, LedgerLost, TrialRecord
 from hiertune.search.lifeline import Lifeline, attempt
 from hiertune.search.listeners import Checkpoints, Curves, Listeners, Log, TrackingListener
+from hiertune.search.messages import Failed
 from hiertune.search.mirror import Mirror, fetch_folder
 from hiertune.search.outputs import RunFolder, count_states, state_of, write_summary, write_trials
 from hiertune.search.plan import SearchPlan
@@ -42,12 +44,13 @@ from hiertune.search.results import (
     print_results,
     progress_line,
     resume_command,
+    switched,
 )
 from hiertune.search.resume import open_ledger
 from hiertune.search.session import Session
 from hiertune.search.stop import write_command
 from hiertune.search.summary import summarise
-from hiertune.search.trials import run_trials
+from hiertune.search.trials import run_trials, trial_job
 from hiertune.search.winner import DECODED, Contender, flat_control, is_features, measure
 from hiertune.space import dump_config, flatten
 from hiertune.tracking import Delivery, Tracker, display_uri
@@ -86,8 +89,8 @@ def run_search(
     folder = plan.folder
     with (
         _mirrored(folder, console, interruption) as mirror,
-        open_ledger(plan, console) as ledger,
         _logging_to(folder.log),
+        open_ledger(plan, console) as ledger,
         interruption.watching(folder.request),
     ):
         earlier = ledger.used().seconds  # of sessions before this one
@@ -100,7 +103,8 @@ def run_search(
         interruption.last_words = f"stopped at once; go on with:\n  {again}\n"
         budget = Budget(plan.config.search, plan.trials, plan.mode, ledger.ended())
         finished = _finished_summary(plan, ledger, budget)
-        if finished is not None:
+        missing = [] if finished is None else missing_in(finished, plan.config.search)
+        if finished is not None and not missing:
             print_results(console, plan, ledger.records(), finished)
             return finished
         if not _has_trials_left(ledger, budget):
@@ -128,7 +132,10 @@ def run_search(
             [Log(), Curves(folder.curves), TrackingListener(tracker), checkpoints, display, lifeline]
         )
         if plan.resume:
-            display.note(f"resuming {plan.config.name}: {progress_line(ledger.records(), plan.trials)}")
+            progress = progress_line(ledger.records(), plan.trials, _has_trials_left(ledger, budget))
+            display.note(f"resuming {plan.config.name}: {progress}")
+        if missing:
+            display.note(f"measured once more, since {switched(missing, plan.config.search)}")
         with _tracked(plan, tracker, interruption, console):
             with (
                 display,
@@ -143,6 +150,8 @@ def run_search(
                 folder.best.write_text(dump_config(plan.located(config)), encoding="utf-8")
                 display.say("choosing how the winner's logits become names")
                 folder.fetch_logits(best.number)
+                if keeps_logits(plan) and not folder.logits(best.number).exists():
+                    _make_logits(plan, pool, best.number, config, display)
                 decoding = choose_rule(plan, best, config)
                 contenders = _measure_winner(plan, pool, config, decoding, display)
             checkpoints.sweep()
@@ -158,11 +167,13 @@ def run_search(
 
 
 def _finished_summary(plan: SearchPlan, ledger: Ledger, budget: Budget) -> dict[str, Any] | None:
-    """The summary on disk, if it is of all the trials that are wanted: then there is nothing to do."""
-    if _has_trials_left(ledger, budget) or not plan.folder.summary.exists():
+    """The summary on disk, if it is of all the trials that are wanted, and of the best of them."""
+    best = ledger.best()
+    if _has_trials_left(ledger, budget) or best is None or not plan.folder.summary.exists():
         return None
     summary = read_summary(plan.folder.summary)
-    return summary if summary["trials"] == count_states(ledger.records()) else None
+    same = summary["trials"] == count_states(ledger.records()) and summary["winner"]["trial"] == best.number
+    return summary if same else None
 
 
 def _has_trials_left(ledger: Ledger, budget: Budget) -> bool:
@@ -319,7 +330,7 @@ def _run_all(
                 tracker.trial_ended(record.number, "interrupted")
     if interruption.asked:
         progress = progress_line(records, plan.trials)
-        raise SearchInterrupted(f"{progress}; go on with:\n  {resume_command(plan)}")
+        interruption.stopped(f"{progress}; go on with:\n  {resume_command(plan)}")
     if streak.broken:
         raise SearchFailed(f"{streak.verdict}\nMend it, then go on: {resume_command(plan)}")
 
@@ -347,6 +358,17 @@ def _kept(ledger: Ledger) -> Iterator[None]:
             raise SearchFailed(f"{cause[-1]}; `--resume` goes on") from error
     if ledger.lost is not None:
         raise SearchFailed(f"{ledger.lost}; what it has is kept, and `--resume` goes on")
+
+
+def _make_logits(
+    plan: SearchPlan, pool: WorkerPool, number: int, config: TrialConfig, display: Display
+) -> None:
+    """Train a trial once more, which has kept no validation logits: decoding was off then."""
+    display.say(f"training trial {number} once more, for its validation logits")
+    ending = pool.run(trial_job(plan, number, config))
+    if isinstance(ending, Failed):  # then there is no rule, and the summary says why
+        logger.warning("trial %d could not be trained once more: %s", number, ending.reason)
+    plan.folder.fetch_logits(number)
 
 
 def _measure_winner(
@@ -400,13 +422,23 @@ def _track_winner(tracker: Tracker, folder: RunFolder, summary: dict[str, Any]) 
     tracker.artifact(None, folder.trials)
 
 
+class _LogFile(logging.FileHandler):
+    """There from its first record on: a search that is refused leaves none. Of a full disk the ledger tells;
+    here each record would raise, or print a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Ray's and Optuna's messages go to the search's log, not between the lines of the display."""
-    handler = logging.FileHandler(path)
+    """Ray's and Optuna's messages go to the search's log, not between the lines of the display; and so does
+    the traceback of whatever ends the search."""
+    handler = _LogFile(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # Of a full disk the ledger tells; here each line would print a traceback.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
     # After the trials Tune misses the files of its own loggers, and says so for each trial.
     handler.addFilter(lambda record: record.name != "ray.tune.analysis.experiment_analysis")
     loggers = [logging.getLogger(name) for name in ("hiertune", "ray", "optuna")]
@@ -416,6 +448,11 @@ def _logging_to(path: Path) -> Iterator[None]:
         logger.handlers, logger.propagate = [handler], False
     try:
         yield
+    except (InputError, SearchInterrupted):
+        raise
+    except Exception:  # the terminal has one line of it
+        logging.getLogger(__name__).exception("the search failed")
+        raise
     finally:
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)

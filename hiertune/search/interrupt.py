@@ -101,6 +101,11 @@ class Interruption:
         # To the main thread, so that whatever it waits for is woken.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
+    def stopped(self, how_far: str) -> NoReturn:
+        """Raise SearchInterrupted; who does not wait for what follows is told `how_far` all the same."""
+        self.last_words = f"stopped: {how_far}\n"
+        raise SearchInterrupted(how_far)
+
     def check(self) -> None:
         """Raise the KeyboardInterrupt that some library has swallowed."""
         if self.at_once:
@@ -153,10 +158,11 @@ STOP, NOW = "stop", "now"
 
 def leave(words: str = "", code: int = INTERRUPTED) -> NoReturn:
     """End this process here, and what it has started: no thread is joined, nothing is cleaned up."""
+    with contextlib.suppress(OSError):
+        os.write(2, words.encode())  # first: a pipe that nobody reads from lets nothing else through
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(2, words.encode())
     # Two of Ray's would take 60 to 90 s to notice that it is gone.
     end_families(psutil.Process().children())
     os._exit(code)

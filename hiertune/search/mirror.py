@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 import uuid
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hiertune import _process
+from hiertune._text import without_passwords
 from hiertune.errors import InputError
 from hiertune.search.outputs import LOGITS, OWN, SESSION, RunFolder
 from hiertune.storage import Folder, patiently
@@ -58,23 +58,19 @@ _MOST_BYTES = 1 << 23
 # ----------------------------------------------------------------------------------- sessions
 
 
-@dataclass(frozen=True)
-class Session:
+@dataclass(frozen=True, kw_only=True)
+class Session(_process.Process):
     """One process that runs the search."""
 
     id: str
-    host: str
     user: str
-    pid: int
     begun: str
-    machine: str
-    """Boot and process namespace: where `pid` means something."""
     ended: bool = False
 
     @classmethod
     def new(cls) -> Session:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _user(), os.getpid(), now, _process.machine())
+        return cls.this(id=uuid.uuid4().hex, user=_user(), begun=now)
 
     @classmethod
     def read(cls, folder: Folder) -> Session | None:
@@ -91,17 +87,7 @@ class Session:
     @property
     def died(self) -> bool:
         """Whether it ran on this machine, and does no longer; or was an earlier one of this very process."""
-        if self.machine != _process.machine():
-            return False
-        if self.pid == os.getpid():
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.lives is False or (self.lives is True and self.pid == os.getpid())
 
 
 def refuse_running(folder: Folder) -> None:
@@ -244,7 +230,7 @@ class _Growing:
 
 def _masked(content: bytes) -> bytes:
     """Passwords in addresses as so many stars: all other bytes stay where they are."""
-    return re.sub(rb"(://[^\s:/@\"']*:)([^\s/@\"']+)(?=@)", lambda m: m[1] + b"*" * len(m[2]), content)
+    return without_passwords(content.decode("latin-1"), same_length=True).encode("latin-1")
 
 
 def _whole_lines(path: Path) -> int:

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiertune._files import replace_file
+from hiertune._text import visible
 from hiertune.errors import InputError
 from hiertune.storage import Folder, patiently
 
@@ -24,6 +25,11 @@ SESSION = "session.json"
 """In storage: who runs the search."""
 OWN = ".session"
 """In the run folder: the session that wrote it last, and where it is stored."""
+_BEFORE_LEDGER = {"search.lock", "search.owner", "search.log", "stop-request"}
+_SIGNS = {OWN, "curves.csv"}
+"""A search that lost its ledger, or was not brought back whole, has one of these."""
+OPEN = ("interrupted", "outside")
+"""States of trials that may go on, or count again."""
 
 
 def is_search(folder: Path) -> bool:
@@ -119,9 +125,18 @@ class RunFolder:
 
     def remove_unused(self) -> None:
         """Remove a folder that has nothing but what a process writes when it takes it."""
-        taken = {self.lock, self.owner, self.request, self.root / OWN}
-        if set(self.root.iterdir()) <= taken:
+        if set(os.listdir(self.root)) <= {*_BEFORE_LEDGER, OWN}:
             shutil.rmtree(self.root, ignore_errors=True)
+
+    def require_own(self) -> None:
+        """InputError for a folder of other things, which no search may write to."""
+        if others := self._others():
+            shown = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
+            raise InputError(
+                f"{self.root} is no search's, and holds other files: {visible(shown)}",
+                key="name",
+                allowed="another name (`--name NAME`), or another folder (`--runs`)",
+            )
 
     def require_new(self) -> None:
         """InputError when a search of this name is there already, or in storage."""
@@ -153,7 +168,14 @@ class RunFolder:
     @property
     def is_bare(self) -> bool:
         """A search that was killed before anything was recorded: it can begin again."""
-        return self.root.exists() and not self.begun and not self.curves.exists()
+        return self.root.exists() and not self.begun and not self.curves.exists() and not self._others()
+
+    def _others(self) -> set[str]:
+        """What lies in a folder that is no search's."""
+        if self.begun or not self.root.exists():
+            return set()
+        names = set(os.listdir(self.root))
+        return set() if names & _SIGNS else names - _BEFORE_LEDGER
 
 
 def _no_place(path: Path, problem: str) -> InputError:
@@ -168,6 +190,11 @@ def state_of(record: TrialRecord) -> str:
 def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
     """How many trials came to each end."""
     return dict(Counter(map(state_of, records)))
+
+
+def count_ended(states: Mapping[str, int]) -> int:
+    """How many of the trials in each state have ended, and count."""
+    return sum(count for state, count in states.items() if state not in OPEN)
 
 
 def write_trials(path: Path, records: list[TrialRecord]) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
 import time
 import uuid
@@ -39,41 +37,29 @@ LONG_SILENT_S = 600.0
 """After so long not even clocks that differ can make a session look dead that is not."""
 
 
-@dataclass(frozen=True)
-class Process:
+@dataclass(frozen=True, kw_only=True)
+class Process(_process.Process):
     """Who goes on with a search."""
 
     id: str
-    host: str
-    machine: str
-    """What its process numbers count in: a boot of a system, and a namespace of it."""
-    pid: int
     started: float
     """Of the session; seconds since 1970."""
-    born: str
-    """When the process began, as its system counts: a number is used again."""
     beat: float
     """When it last told that it is alive."""
 
     @classmethod
-    def this(cls) -> Process:
-        now, pid = time.time(), os.getpid()
-        return cls(
-            uuid.uuid4().hex, socket.gethostname(), _process.machine(), pid, now, _process.born(pid), now
-        )
+    def new(cls) -> Process:
+        now = time.time()
+        return cls.this(id=uuid.uuid4().hex, started=now, beat=now)
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.started).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
         return f"process {self.pid} on {self.host}, since {since}"
 
     @property
-    def is_alive_here(self) -> bool:
-        return self.machine == _process.machine() and self.born != "" and _process.born(self.pid) == self.born
-
-    @property
     def is_over(self) -> bool:
         """Certainly: a process of this machine that has ended, or one that is silent since long ago."""
-        return self.machine == _process.machine() or time.time() - self.beat > LONG_SILENT_S
+        return self.lives is False or time.time() - self.beat > LONG_SILENT_S
 
 
 class FolderLock:
@@ -94,7 +80,7 @@ class FolderLock:
             raise InputError(f"can't be locked: {error.strerror}", file=self._root) from None
         # One from before is not for this process. From here on one is, however long the ledger takes to open.
         self._request.unlink(missing_ok=True)
-        self._holder.write_text(json.dumps(asdict(Process.this())) + "\n", encoding="utf-8")
+        self._holder.write_text(json.dumps(asdict(Process.new())) + "\n", encoding="utf-8")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -116,7 +102,7 @@ class Ownership:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._me = Process.this()
+        self._me = Process.new()
         self._text = ""
         self._told = 0.0
         self._telling = threading.Lock()
@@ -152,7 +138,7 @@ class Ownership:
         while True:
             text = self._read(storage)
             holder = _holder(text)
-            if holder is not None and (holder.is_alive_here or (seen is not None and text != seen)):
+            if holder is not None and (holder.lives or (seen is not None and text != seen)):
                 raise in_use(str(self._ledger.place), holder)
             if holder is None or holder.is_over or time.monotonic() > deadline:
                 mine = json.dumps(asdict(self._me))

@@ -97,6 +97,7 @@ def plan_search(
     config = with_options(space.config, name, time_budget)
     folder = RunFolder(runs.resolve() / config.name)
     folder.require_writable()
+    folder.require_own()
     if resume is False:
         folder.require_new()
     folder = RunFolder(folder.root, _storage(space, config, folder.root, probe))

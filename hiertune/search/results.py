@@ -13,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from hiertune._programs import SUBMITTED_BY, as_typed, near
+from hiertune._summary import beyond
 from hiertune._text import visible
+from hiertune.config import SearchSection
 from hiertune.record import recorded
 from hiertune.search.budget import Ending, as_duration
 from hiertune.search.ledger import Mode, TrialRecord
-from hiertune.search.outputs import count_states
+from hiertune.search.outputs import OPEN, count_ended, count_states
 from hiertune.search.plan import SearchPlan
 from hiertune.search.resume import space_of
 from hiertune.tracking import Delivery, display_uri, runs_page, ui_command
@@ -79,6 +81,9 @@ def print_results(
     for label, control in controls.items():
         console.print(_verdict(label, control["against_winner"]), highlight=False)
     console.print()
+    if off := beyond(summary, plan.config.search):
+        text = f"{switched(off, plan.config.search)}; what is shown was measured before"
+        console.print(f"[yellow]note:[/] {text}", highlight=False)
     delivery = Delivery(*(summary["tracking"].get(name) for name in ("delivered", "total", "error", "since")))
     if (ended := ended_line(summary)) is not None:
         console.print(ended, highlight=False)
@@ -92,25 +97,45 @@ def print_results(
         console.print(f"[dim]{what:<28}[/][bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
 
 
+def switched(settings: list[str], search: SearchSection) -> str:
+    """How settings of the search's end stand now."""
+    return " and ".join(
+        f"search.{name} is {'on' if getattr(search, name) else 'off'} now" for name in settings
+    )
+
+
 def ended_line(summary: dict[str, Any]) -> str | None:
     """Why a search has fewer trials than it was to have."""
     ended = summary.get("ended")  # older summaries have none
     return None if ended is None or ended["by"] == "trials" else ended["reason"]
 
 
-def progress_line(records: list[TrialRecord], trials: int) -> str:
-    """How far a search is that does not run, in one sentence."""
+def progress_line(records: list[TrialRecord], trials: int, goes_on: bool = True) -> str:
+    """How far a search is that does not run, in one sentence.
+
+    Args:
+        trials: how many it shall have in all; those that were interrupted are the first to go on.
+        goes_on: whether the budgets allow any.
+    """
     states = count_states(records)
-    epochs = sorted(record.epochs for record in records if record.state == "running")
-    interrupted = states.pop("interrupted", 0)
-    ended = sum(states.values())
-    detail = ", ".join(f"{count} {state}" for state, count in states.items())
-    text = f"{ended} of {trials} trials ended" + (f" ({detail})" if ended else "")
-    if not interrupted:
-        return text
-    at = "epoch" if len(set(epochs)) == 1 else "epochs"
-    one = "1 interrupted one goes" if interrupted == 1 else f"{interrupted} interrupted ones go"
-    return f"{text}, {one} on from {at} {_listed(sorted(set(epochs)))}"
+    ended = count_ended(states)
+    epochs = [record.epochs for record in records if record.state == "running"]
+    going = min(len(epochs), max(trials - ended, 0)) if goes_on else 0
+    details = ", ".join(f"{states[state]} {state}" for state in states if state not in OPEN)
+    # A resumed search may be asked for fewer than it has.
+    text = f"{ended} of {trials} trials ended" if ended <= trials else f"{ended} trials ended"
+    parts = [f"{text} ({details})" if details else text]
+    if ended > trials:
+        parts.append(f"{trials} were asked for")
+    if outside := states.get("outside"):
+        parts.append(f"{outside} outside the space")
+    if going:
+        one = "1 interrupted one goes" if going == 1 else f"{going} interrupted ones go"
+        at = sorted(set(epochs[:going]))
+        parts.append(f"{one} on from {'epoch' if len(at) == 1 else 'epochs'} {_listed(at)}")
+    if left := len(epochs) - going:
+        parts.append("1 interrupted one is left" if left == 1 else f"{left} interrupted ones are left")
+    return ", ".join(parts)
 
 
 def _listed(numbers: list[int]) -> str:
@@ -157,9 +182,7 @@ def _ending_of(plan: SearchPlan, summary: dict[str, Any]) -> Ending:
     ended = summary.get("ended", {"by": "trials", "reason": "", "limit": plan.trials})  # older ones have none
     limit = ended["limit"]
     if ended["by"] == "trials":  # `--trials` may be less than there are
-        open_or_left = ("interrupted", "outside")
-        counts = [count for state, count in summary["trials"].items() if state not in open_or_left]
-        limit = max(limit, sum(counts))
+        limit = max(limit, count_ended(summary["trials"]))
     return Ending(ended["by"], ended["reason"], limit)
 
 

@@ -31,19 +31,8 @@ def run_trials(
 ) -> None:
     """Let Tune run the trials that are left; the ledger has them when this returns."""
     search = plan.config.search
-    keep = keeps_logits(plan)
     # A resumed search draws on: with the old seed it would propose its first trials again.
     ledger.study.sampler = build_sampler(search.sampler, search.seed + len(ledger.records()))
-
-    def make_job(number: int, config: TrialConfig) -> Job:
-        return Job(
-            f"trial-{number}",
-            plan.located(config),
-            plan.folder.trial_place(number),
-            keep_logits=plan.folder.logits_place(number) if keep else None,
-            max_retries=search.worker_group.max_retries,
-            hang_timeout=search.worker_group.hang_timeout,
-        )
 
     hyperband = None
     if isinstance(search.scheduler, HyperbandConfig):
@@ -52,7 +41,7 @@ def run_trials(
     searcher = LedgerSearcher(
         ledger,
         plan.space.suggest,
-        make_job,
+        lambda number, config: trial_job(plan, number, config),
         pool.broker_name,
         plan.metric,
         plan.mode,
@@ -86,6 +75,18 @@ def run_trials(
             verbose=0,
         ),
     ).fit()
+
+
+def trial_job(plan: SearchPlan, number: int, config: TrialConfig) -> Job:
+    search = plan.config.search
+    return Job(
+        f"trial-{number}",
+        plan.located(config),
+        plan.folder.trial_place(number),
+        keep_logits=plan.folder.logits_place(number) if keeps_logits(plan) else None,
+        max_retries=search.worker_group.max_retries,
+        hang_timeout=search.worker_group.hang_timeout,
+    )
 
 
 def _memory(ledger: Ledger) -> Memory:

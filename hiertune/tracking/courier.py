@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
+from hiertune._process import Process
 from hiertune.tracking.spool import (
     LOCK,
     READ_BYTES,
@@ -189,13 +189,6 @@ class Courier:
 
 
 def is_dead(writer: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote an `open` record is known to be gone. Of other machines nothing is."""
-    if os.name != "posix" or writer["host"] != platform.node():
-        return False
-    try:
-        os.kill(writer["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # somebody else's: it has that number now, or it is the search
-    return False
+    """Whether the process that wrote an `open` record is known to be gone."""
+    known = {field.name: writer[field.name] for field in fields(Process) if field.name in writer}
+    return Process(**known).lives is False

@@ -3,7 +3,7 @@
 `tracking.jsonl`: one JSON object per line, appended by the search, never rewritten. Every line has `op`
 (open, start, log, end, artifact, close), `t` (milliseconds since 1970), `trial` (null is the search)
 and, last, `n`: the number of values up to and including it. The newest `open` names the destination,
-and who writes: its `session`, in process `pid` of `host`. A tag that is null is one to take away.
+and who writes: its `session`, and the fields of its `Process`. A tag that is null is one to take away.
 `tracking.offset`: how far delivery has got, written by the delivery process only.
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -12,12 +11,13 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import filelock
 
+from hiertune._process import Process
 from hiertune.errors import InputError
 from hiertune.tracking.spool import (
     LOCK,
@@ -88,7 +88,7 @@ class Tracker:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._spool = os.open(run_dir / SPOOL, flags, 0o600)
         self._destination = destination(header)
-        self._write("open", **header, session=uuid.uuid4().hex, host=platform.node(), pid=os.getpid())
+        self._write("open", **header, session=uuid.uuid4().hex, **asdict(Process.this()))
         self._launch()
 
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from hiertune._programs import as_typed
+from hiertune._text import without_password
 from hiertune.errors import InputError
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -75,6 +76,8 @@ def display_uri(uri: str) -> str:
     if parts.password is not None:
         login, _, host = parts.netloc.rpartition("@")
         uri = urlunsplit(parts._replace(netloc=f"{login.partition(':')[0]}:***@{host}"))
+    else:
+        uri = without_password(uri)
     return re.sub(r"(?i)([?&][^=&]*(?:password|passwd|token|secret)[^=&]*=)[^&#]+", r"\1***", uri)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import pickle
 import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,8 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"hiertune-checkpoint-2\n"
 _NUMBER_BYTES, _DIGEST_BYTES = 8, 4
 _HEADER_BYTES = len(_MAGIC) + _NUMBER_BYTES + _DIGEST_BYTES
+_MOST = 1 << 62
+"""No training saves so often: a larger number is a damaged one, and leaves none for the next."""
 
 
 class Checkpoint:
@@ -79,8 +80,9 @@ class Checkpoint:
             with contextlib.suppress(FileNotFoundError):
                 header = self._content(name, _HEADER_BYTES)
                 known = header.startswith(_MAGIC) and len(header) == _HEADER_BYTES
-                number = header[len(_MAGIC) : len(_MAGIC) + _NUMBER_BYTES] if known else b""
-                found.append((int.from_bytes(number, "big"), name))
+                counted = header[len(_MAGIC) : len(_MAGIC) + _NUMBER_BYTES] if known else b""
+                number = int.from_bytes(counted, "big")
+                found.append((number if number < _MOST else 0, name))
         return found
 
     def _content(self, name: str, first: int | None = None) -> bytes:
@@ -108,15 +110,7 @@ def decode_checkpoint(payload: bytes) -> dict[str, Any]:
     """
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        OSError,
-    ) as error:
+    except Exception as error:  # torch's unpickler fails in any way on bytes that it did not write
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"the checkpoint can't be read: {first}", allowed="one of this training") from error
     if not isinstance(state, dict):

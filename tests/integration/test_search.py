@@ -308,6 +308,50 @@ def test_finished_trials_stay_as_they_are(hiertune, write_space, tmp_path):
     assert len(rows_of(run)) == 5
 
 
+def test_what_is_switched_on_after_the_end_is_made_up_for(hiertune, write_space, tmp_path):
+    def searched(*options, controls=True, refit=True, decode=True):
+        settings = {"controls": controls, "refit": refit, "decode": decode}
+        text = ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
+        space = write_space(f"max_concurrent: 1, scheduler: {{kind: none}}, {text}", trials=2, epochs=2)
+        done = hiertune("search", space, *options, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "small"
+    searched("--name", "whole")
+    searched(controls=False, refit=False, decode=False)
+    rows, summary = rows_of(run), json.loads((run / "summary.json").read_text())
+    assert (summary["controls"], summary["refit"], summary["winner"]["decoding"]["rule"]) == ({}, False, None)
+    assert not (run / "trials").exists() or not list((run / "trials").rglob("*.*")), "no logits were kept"
+
+    said = searched("--resume")
+    assert "resuming small: 2 of 2 trials ended" in said
+    every = "search.controls is on now and search.refit is on now and search.decode is on now"
+    assert f"measured once more, since {every}" in said
+    assert "winner against flat" in said
+    assert rows_of(run) == rows
+    summary, expected = (json.loads((each / "summary.json").read_text()) for each in (run, whole))
+    for key in ("objective", "trials", "winner", "controls", "refit", "data"):
+        assert without_seconds(summary[key]) == without_seconds(expected[key]), key
+    kept = [path.relative_to(run / "trials").as_posix() for path in (run / "trials").rglob("*.*")]
+    assert kept == [f"{summary['winner']['trial']:04d}/val_logits.safetensors"]
+
+    # What is switched off stays: it is shown, and as what it is. Nothing is trained.
+    text = (run / "summary.json").read_text()
+    said = searched("--resume", controls=False, decode=False)
+    off = "search.controls is off now and search.decode is off now"
+    assert f"note: {off}; what is shown was measured before" in said
+    assert "winner against flat" in said
+    assert "starting Ray" not in said
+    assert (run / "summary.json").read_text() == text
+
+
+def without_seconds(value):
+    if not isinstance(value, dict):
+        return value
+    return {key: without_seconds(each) for key, each in value.items() if not key.endswith("seconds")}
+
+
 def test_the_median_rule_ends_every_trial(hiertune, write_space, tmp_path):
     search = "scheduler: {kind: median}, refit: false, controls: false"
     done = hiertune("search", write_space(search, trials=7, epochs=9), capture_output=True)

@@ -203,10 +203,11 @@ def test_a_terminal_that_lacks_a_mark_ends_nothing(folder):
 def test_a_search_that_nobody_reads_any_more_goes_on(folder):
     program = (
         "import sys, time\n"
-        "from hiertune.cli import _Output\n"
-        "for number in range(3): _Output().print(number); time.sleep(0.2)\n"
-        "print('not seen', flush=True)\n"
-        "print('done', file=sys.stderr)\n"
+        "from hiertune.cli import Console, _outputs\n"
+        "with _outputs():\n"
+        "    for number in range(3): Console().print(number); time.sleep(0.2)\n"
+        "    print('not seen', flush=True)\n"
+        "    print('done', file=sys.stderr)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -296,9 +297,10 @@ def test_ctrl_c_while_a_search_is_checked_ends_at_once(folder):
 def test_a_search_that_exists_is_not_overwritten(folder, capsys):
     (folder / "runs" / "it").mkdir(parents=True)
     (folder / "runs" / "it" / "precious").write_text("result")
+    (folder / "runs" / "it" / "ledger.log").touch()
     message = refused(capsys, "search", "space.yaml")
     assert "--resume" in message
-    assert [path.name for path in (folder / "runs" / "it").iterdir()] == ["precious"]
+    assert sorted(os.listdir(folder / "runs" / "it")) == ["ledger.log", "precious"]
 
 
 def files_in(folder):
@@ -552,6 +554,45 @@ def test_the_handler_of_sigterm_is_put_back(folder, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--continue",)])
+def test_a_folder_of_other_things_is_left_alone(folder, capsys, flags):
+    stored = plan_search(folder / "space.yaml", folder / "stored").folder
+    (stored.root / "ledger.log.parts").mkdir(parents=True)
+    (stored.root / "space.yaml").write_text(GOOD)  # in storage a search of this name has begun
+    (stored.root / "session.json").write_text("{}")
+    (folder / "space.yaml").write_text(GOOD.replace("search:", "storage: stored\nsearch:"))
+    root = folder / "runs" / "it"
+    (root / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt", "search.log", "space.yaml"):
+        (root / name).write_text("mine")
+
+    def found():
+        return {
+            path: path.is_file() and (path.read_text(), path.stat().st_mtime_ns) for path in root.rglob("*")
+        }
+
+    before = found()
+    said = refused(capsys, "search", "space.yaml", *flags)
+    assert said == (
+        f"error: name: {root} is no search's, and holds other files: a.txt, space.yaml, sub\n"
+        "  allowed: another name (`--name NAME`), or another folder (`--runs`)\n"
+    )
+    assert found() == before
+    assert sorted(os.listdir(folder)) == ["data.h5", "runs", "space.yaml", "stored"]
+
+
+def test_what_a_search_leaves_before_it_has_a_ledger_is_its_own(folder):
+    root = folder / "runs" / "it"
+    root.mkdir(parents=True)
+    for name in ("search.log", "search.lock", "search.owner", "stop-request"):
+        (root / name).touch()
+        assert RunFolder(root).is_bare
+    assert plan_search(folder / "space.yaml", folder / "runs", resume=True).resume
+    (root / "curves.csv").touch()  # of one that has lost its ledger
+    with pytest.raises(InputError, match="there is no search to resume"):
+        plan_search(folder / "space.yaml", folder / "runs", resume=True)
+
+
 @pytest.fixture
 def tracked(folder):
     """`runs/it`, of a search whose delivery got half-way."""
@@ -599,6 +640,9 @@ def test_a_sync_says_what_it_lacks(tracked, capsys, monkeypatch):
     [
         ("http://me:s3cret@host", "http://me:***@host"),
         ("http://:s3cr@et@host", "http://:***@host"),
+        ("http://me:s3c/ret@host:5000/x", "http://me:***@host:5000/x"),
+        ("postgresql://me:12/s3c@host/db", "postgresql://me:***@host/db"),
+        ("http://me:***@host", "http://me:***@host"),
         ("postgresql://me@host/db?password=s3cret", "postgresql://me@host/db?password=***"),
     ],
 )
@@ -608,6 +652,45 @@ def test_a_password_in_the_file_is_refused_and_not_repeated(folder, capsys, uri,
     assert f"space.yaml:7: tracking.uri: '{shown}': holds a password" in said
     assert "MLFLOW_TRACKING_PASSWORD" in said
     assert "s3c" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left", "trials.csv"), "[Errno 28] No space left: 'trials.csv'"),
+        (ValueError("of [b]\nours"), "ValueError: of [b]"),
+    ],
+)
+@pytest.mark.parametrize(
+    "where", ["hiertune.search.resume.keep_spaces", "hiertune.search.driver.write_command"]
+)
+def test_what_ends_a_search_is_one_line_and_the_log_has_the_rest(
+    folder, capsys, monkeypatch, where, error, line
+):
+    def what_fails(*args):
+        raise error
+
+    monkeypatch.setattr(where, what_fails)
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "space.yaml"])
+    log = folder / "runs" / "it" / "search.log"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"the search failed: {line}\n  see {log}\n"
+    kept = log.read_text()
+    assert "ERROR hiertune.search.driver: the search failed\nTraceback (most recent call last):\n" in kept
+    assert "in what_fails\n" in kept
+    assert kept.endswith(f"{type(error).__name__}: {error}\n")
+
+
+def test_a_refused_search_is_no_failure(folder, monkeypatch):
+    def refuses(*args):
+        raise InputError("is refused")
+
+    monkeypatch.setattr("hiertune.search.driver.write_command", refuses)
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "space.yaml"])
+    assert ended.value.code == 2
+    assert not (folder / "runs" / "it" / "search.log").exists()
 
 
 def test_continue_begins_a_search_or_goes_on_with_it(folder):

@@ -225,6 +225,9 @@ BAD = {
     f"abfs://account:{SECRET}@container/x": "credentials must not stand in an address",
     f"abfs://box@account/x?sas_token={SECRET}": "credentials must not stand in an address",
     f"hdfs://me:{SECRET}@host/x": "credentials must not stand in an address",
+    f"s3://AKIA:12/{SECRET}@bucket/x": "credentials must not stand in an address",
+    f"file://me:{SECRET}@host/x": "credentials must not stand in an address",
+    f"s3://[AKIA:{SECRET}@bucket/x": "credentials must not stand in an address",
 }
 
 
@@ -253,6 +256,7 @@ def test_a_bad_address_is_refused_in_words(text):
             "gcs://b/x",
         ),
         *("abfs://box@a.dfs.core.windows.net/x", "abfss://box@a/x", "hdfs://me@host:9000/x", "file:///x"),
+        *("hdfs://host:9000/me@home", "s3://bucket/a:b@c"),
     ],
 )
 def test_a_good_address_is_shown_as_it_is(text):
@@ -260,7 +264,10 @@ def test_a_good_address_is_shown_as_it_is(text):
     assert shown_address(text) == text
 
 
-@given(secret=st.text("abcdefghij0123456789%+=-_", min_size=8, max_size=20), form=st.integers(0, 4))
+SIGNS = "abcdefghij0123456789%+=-_"
+
+
+@given(secret=st.text(SIGNS, min_size=8, max_size=20), form=st.integers(0, 4))
 def test_no_credential_is_ever_shown(secret, form):
     text = [
         f"s3://AKIA:{secret}@bucket/x",
@@ -272,6 +279,15 @@ def test_no_credential_is_ever_shown(secret, form):
     with pytest.raises(InputError) as caught:
         check_address(text)
     assert secret not in str(caught.value)
+
+
+@given(
+    secret=st.text(SIGNS + "/?#:@[", min_size=8, max_size=20), scheme=st.sampled_from(["s3", "gs", "file"])
+)
+def test_no_password_is_ever_shown_whatever_its_signs(secret, scheme):
+    with pytest.raises(InputError, match="credentials must not stand in an address") as caught:
+        check_address(f"{scheme}://AKIA:{secret}@bucket/x")
+    assert str(caught.value).startswith(f"storage: '{scheme}://***@bucket/x': credentials")
 
 
 # ----------------------------------------------------------------------------- places that fail

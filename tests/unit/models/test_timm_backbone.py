@@ -193,7 +193,7 @@ class Code:
         return print, ("code of a weights file ran",)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", "code", "list"])
+@pytest.mark.parametrize("content", [b"", b"garbage", b".", "code", "list"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_file_that_holds_no_weights_is_refused(tmp_path, content, suffix, capsys):
     path = tmp_path / f"w{suffix}"

@@ -102,3 +102,6 @@ def test_an_ending_in_words():
     states = {"completed": 12, "pruned": 5, "interrupted": 2}
     assert found.sentence(states, 32) == "time budget of 2h spent: 17 of 32 trials, 2 interrupted"
     assert found.sentence({"completed": 12}, 32) == "time budget of 2h spent: 12 of 32 trials"
+    assert found.sentence({"completed": 9, "outside": 7}, 9) == "time budget of 2h spent: 9 of 9 trials"
+    lowered = "time budget of 2h spent: 9 trials, 5 were asked for"
+    assert found.sentence({"completed": 9}, 5) == lowered

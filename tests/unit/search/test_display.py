@@ -53,6 +53,15 @@ def test_a_dumb_terminal_gets_a_line_per_trial(monkeypatch):
         assert "trial   0  0.5000" in out.getvalue()
 
 
+@pytest.mark.parametrize(("asked", "shown"), [(2, "3/3"), (5, "3/5")])
+def test_the_bar_of_a_search_that_is_asked_for_fewer_trials_than_it_has_is_full(asked, shown):
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200), asked, "val/loss", "min", lambda: "")
+    display.resumed([TrialRecord(number, "completed", {}, 0.5) for number in range(3)])
+    display._console.print(display._render())
+    assert shown in out.getvalue()
+
+
 def test_what_a_terminal_would_obey_is_written_out():
     out = io.StringIO()
     display = Display(Console(file=out, width=200), 3, "val/loss", "min", lambda: "")

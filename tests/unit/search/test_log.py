@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import pytest
+
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.search.driver import _logging_to
 from hiertune.search.ledger import TrialRecord
@@ -23,8 +25,9 @@ def test_the_log_has_a_line_for_every_trial_that_starts_or_ends(tmp_path):
     ]
 
 
-def test_a_log_on_a_full_disk_is_done_without(capsys):
-    with _logging_to(Path("/dev/full")):
+@pytest.mark.parametrize("path", ["/dev/full", "/no/such/folder/search.log"])
+def test_a_log_on_a_full_disk_is_done_without(capsys, path):
+    with _logging_to(Path(path)):
         logging.getLogger("hiertune").warning("something")
     assert capsys.readouterr().err == ""
 

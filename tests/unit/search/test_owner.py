@@ -101,7 +101,7 @@ def test_a_database_is_one_process_at_a_time(place):
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(place, other):
     process = other("")
     ledger = begin(place)
-    dead = replace(Process.this(), pid=process.pid, born=_process.born(process.pid))
+    dead = replace(Process.new(), pid=process.pid, born=_process.born(process.pid))
     written(ledger, dead)
     with pytest.raises(InputError, match=f"run by process {process.pid} on"), Ownership(reopen(place)):
         pass
@@ -109,7 +109,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(place, other):
     process.wait()
     with Ownership(reopen(place)):
         pass
-    written(ledger, replace(Process.this(), born="1"))  # the number was given to another process
+    written(ledger, replace(Process.new(), born="1"))  # the number was given to another process
     with Ownership(reopen(place)):
         pass
 
@@ -118,7 +118,7 @@ def test_of_another_machine_a_beat_tells(place, monkeypatch):
     monkeypatch.setattr(owner, "SILENT_S", 1.5)
     monkeypatch.setattr(owner, "_LOOK_S", 0.05)
     ledger = begin(place)
-    far = replace(Process.this(), host="far", machine="elsewhere")
+    far = replace(Process.new(), host="far", machine="elsewhere")
 
     class Beating(Ownership):
         def _read(self, storage):  # the other one tells that it is alive while we look
@@ -144,7 +144,7 @@ def test_whoever_was_taken_over_writes_nothing_more(place, monkeypatch):
         trial = ledger.next_trial()
         trial.suggest_float("x", 0.0, 1.0)
         ledger.report(trial, 1, 0.5)
-        written(ledger, replace(Process.this(), host="far", pid=7))
+        written(ledger, replace(Process.new(), host="far", pid=7))
         deadline = time.monotonic() + 60
         while ledger.lost is None:
             assert time.monotonic() < deadline
@@ -188,7 +188,7 @@ def test_a_database_that_is_away_at_the_end_costs_no_result(place, monkeypatch):
             raise OperationalError("update", {}, Exception("connection refused"))
 
         context.setattr(ownership, "_replace", away)
-    written(ledger, replace(Process.this(), born="1"))  # it is gone
+    written(ledger, replace(Process.new(), born="1"))  # it is gone
     with Ownership(reopen(place)):
         pass
 

@@ -157,7 +157,7 @@ def files_in(folder):
 
 def test_the_copy_of_the_space_has_no_password(write, tmp_path):
     uri = f"postgresql://me:{SECRET}@host:5432/db?x=1"
-    space = write(f"# {uri}, mysql://u:{SECRET}@h\n")
+    space = write(f"# {uri}, mysql://u:{SECRET}@h\n# http://me:a/{SECRET}/b@host:5000/\n")
     folder = plan_folder(space, tmp_path)
     assert SECRET not in folder.space.read_text()
     assert "postgresql://me:***@host:5432/db?x=1" in folder.space.read_text()

@@ -118,6 +118,33 @@ def test_how_far_a_search_is(records, line):
     assert results.progress_line(records, 32) == line
 
 
+@pytest.mark.parametrize(
+    ("trials", "line"),
+    [
+        (20, "17 of 20 trials ended (12 completed, 4 pruned, 1 failed), {} go on from epochs 7 and 9"),
+        (
+            18,
+            "17 of 18 trials ended (12 completed, 4 pruned, 1 failed), "
+            "1 interrupted one goes on from epoch 9, 1 interrupted one is left",
+        ),
+        (17, "17 of 17 trials ended (12 completed, 4 pruned, 1 failed), {} are left"),
+        (5, "17 trials ended (12 completed, 4 pruned, 1 failed), 5 were asked for, {} are left"),
+    ],
+)
+def test_of_a_search_with_fewer_trials_to_have_the_first_interrupted_go_on(trials, line):
+    records = ENDED + interrupted(9, 7)
+    assert results.progress_line(records, trials) == line.format("2 interrupted ones")
+
+
+def test_what_does_not_go_on_or_count_is_not_said_to():
+    records = ENDED + interrupted(9, 7)
+    line = "17 of 32 trials ended (12 completed, 4 pruned, 1 failed), 2 interrupted ones are left"
+    assert results.progress_line(records, 32, goes_on=False) == line
+    records = [TrialRecord(0, "outside", {}, 0.5), TrialRecord(1, "completed", {}, 0.5), *interrupted(3)]
+    line = "1 of 2 trials ended (1 completed), 1 outside the space, 1 interrupted one goes on from epoch 3"
+    assert results.progress_line(records, 2) == line
+
+
 def test_a_search_that_ended_early_says_why():
     ended = {"by": "time_budget", "reason": "time budget of 2h spent: 17 of 32 trials", "limit": 7200.0}
     assert results.ended_line({"ended": ended}) == "time budget of 2h spent: 17 of 32 trials"

@@ -291,7 +291,7 @@ def test_a_search_goes_on_with_what_its_ledger_says(planned):
         pass
 
 
-@pytest.mark.parametrize("files", [(), ("space.yaml",), ("space.yaml", "search.log")])
+@pytest.mark.parametrize("files", [(), ("search.log",), ("search.log", "search.lock", "search.owner")])
 def test_a_search_that_was_killed_before_its_ledger_begins_again(planned, files):
     plan = planned(CONTINUOUS)
     plan.folder.root.mkdir(parents=True)

@@ -87,6 +87,9 @@ def test_passwords_are_not_shown():
     assert display_uri("https://me:a@b:c@host:1/x") == "https://me:***@host:1/x"
     assert display_uri("https://host/x") == "https://host/x"
     assert display_uri("https://me:s3cret@[host") == "***"
+    assert display_uri("https://me:s3/cret@host:1/x") == "https://me:***@host:1/x"
+    assert display_uri("postgresql://me:12/34@host/db") == "postgresql://me:***@host/db"
+    assert display_uri("http://host:5000/a@b") == "http://host:5000/a@b"
     assert (
         display_uri("postgresql://me@host/db?password=s3cret&a=b")
         == "postgresql://me@host/db?password=***&a=b"

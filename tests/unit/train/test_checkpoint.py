@@ -64,6 +64,28 @@ def test_two_files_take_turns(path):
     assert folder.names() == sorted([newest, other])
 
 
+@pytest.mark.parametrize("number", [0, 3, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1])
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_any_number_in_a_damaged_file_leaves_room_for_the_next(tmp_path, number, damaged):
+    path = tmp_path / "checkpoint"
+    save(path, {"epoch": 1})
+    save(path, {"epoch": 2})
+    folder, *names = files(path)
+    counted = slice(len(module._MAGIC), len(module._MAGIC) + 8)
+    for name in names[:damaged]:
+        content = bytearray(folder.read_bytes(name))
+        content[counted] = number.to_bytes(8, "big")
+        folder.write_bytes(name, bytes(content))
+    assert read(path) == ({"epoch": 1} if damaged == 1 else None)
+    for reads in (True, False, False):  # as a trial that goes on does first
+        checkpoint = Checkpoint(path)
+        if reads:
+            checkpoint.read()
+        for epoch in range(3, 6):
+            checkpoint.save(encode_checkpoint({"epoch": epoch}))
+            assert read(path) == {"epoch": epoch}
+
+
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "number", "empty", "another file"])
 def test_falls_back_to_the_one_before(path, damage):
     folder, newest, other = files(path)
@@ -178,6 +200,12 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     payload, _ = Checkpoint(tmp_path / "evil").read()
     assert payload is not None
     with pytest.raises(InputError):
+        decode_checkpoint(payload)
+
+
+@pytest.mark.parametrize("payload", [b"", b".", b"0", b"J\0", b"\x80\x02X\xff\xff\xff\xff", b"PK\x03\x04"])
+def test_what_torch_cannot_unpickle_is_an_input_error(payload):
+    with pytest.raises(InputError, match=r"^the checkpoint can't be read: ."):
         decode_checkpoint(payload)
 
 
