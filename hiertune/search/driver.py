@@ -324,7 +324,11 @@ def _run_all(
                 pool.settle()
     finally:
         records = ledger.records()
-        write_trials(plan.folder.trials, records)
+        try:
+            write_trials(plan.folder.trials, records)
+        except OSError:
+            if ledger.lost is None:  # else one cause, such as a full disk, and the ledger tells it
+                raise
         for record in records:
             if record.state == "running":
                 tracker.trial_ended(record.number, "interrupted")
