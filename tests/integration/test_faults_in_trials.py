@@ -304,6 +304,7 @@ def run_tune(pool, jobs, tmp_path, scheduler=None, kill_after=None):
             verbose=0,
             callbacks=[heard],
             failure_config=tune.FailureConfig(max_failures=2),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
     return results, heard.results
