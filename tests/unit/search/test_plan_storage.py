@@ -145,7 +145,9 @@ def test_a_refused_resume_fetches_nothing(write, tmp_path):
 def test_a_search_that_another_machine_has_just_begun(write, tmp_path):
     """It has nothing in storage yet but its sign of life: the mirror refuses, and makes no run folder."""
     plan = plan_search(write("storage: kept\n"), tmp_path / "runs")
-    Session("x", "elsewhere", "me", 1, "now", "another machine").write(plan.folder.storage)
+    Session(id="x", host="elsewhere", user="me", pid=1, begun="now", machine="another machine").write(
+        plan.folder.storage
+    )
     with pytest.raises(InputError, match="is being run by me on elsewhere"):
         Mirror(plan.folder)
     assert not (tmp_path / "runs").exists()
