@@ -56,14 +56,12 @@ class Hyperband:
     Args:
         epochs: the most that a trial may train.
         factor: of the trials at a rung one in so many goes on.
-        trials: how many are begun, over all sessions.
     """
 
-    def __init__(self, ledger: Ledger, epochs: int, factor: int, trials: int) -> None:
+    def __init__(self, ledger: Ledger, epochs: int, factor: int) -> None:
         self._ledger = ledger
         self._factor = factor
         self._round = brackets(epochs, factor)
-        self._to_begin = trials - sum(record.state != "outside" for record in ledger.records())
         self._closed = False
         self._members: list[list[int]] = []
         """The trials of each bracket."""
@@ -79,13 +77,9 @@ class Hyperband:
                 self._ready[number] = None
         self._changed = set(range(len(self._members)))
 
-    def has_more(self, more: bool) -> bool:
-        """Whether new trials are begun, if there may be `more`."""
-        return more and self._to_begin > 0
-
     def decide(self, more: bool) -> list[int]:
         """The trials that are to be stopped now. `more`: whether new trials may be begun."""
-        if self._members and not self.has_more(more) and not self._closed:
+        if self._members and not more and not self._closed:
             self._closed = True
             self._changed.add(len(self._members) - 1)
         stopped = [number for index in sorted(self._changed) for number in self._halve(index)]
@@ -98,13 +92,12 @@ class Hyperband:
             number = min(self._ready)
             trial = self._ledger.take_up(number)
             self._training[number] = self._ready.pop(number)
-        elif self.has_more(more):
+        elif more:
             trial = self._ledger.study.ask()
             number = trial.number
             index = self._open_bracket()
             trial.set_user_attr(_BRACKET, index)  # recorded with the trial, as it begins
             self._join(number, index)
-            self._to_begin -= 1
             first, *others = self._round[index % len(self._round)].rungs
             self._training[number] = first if others else None
         else:

@@ -207,13 +207,17 @@ class Ledger:
         """Whether `next_trial` will give one that was begun before."""
         return bool(self._left)
 
-    def begin(self, trial: Trial) -> None:
-        """Record the trial with the parameters that were suggested; of one that goes on, those it lacked."""
+    def begin(self, trial: Trial) -> bool:
+        """Record the trial with the parameters that were suggested; of one that goes on, those it lacked.
+
+        Returns whether it is a new one.
+        """
         if trial.number >= len(self._ids):
             assert trial.number == len(self._ids), "trials begin in the order in which they were asked"
             self._begin_new(trial)
-            return
+            return True
         self._lasting(lambda: self._complete_params(trial))
+        return False
 
     def _begin_new(self, trial: Trial) -> None:
         # The sampler's notes on the study first: a trial that is lost leaves a gap, not a repetition.

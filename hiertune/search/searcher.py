@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from hiertune.search.messages import Fault, Job
 
 logger = logging.getLogger(__name__)
 
+_MOST_LOST = 10
+"""How often a trial is begun whose trial actor dies before its first epoch."""
+
 
 class LedgerSearcher(Searcher):
     """Tune's searcher over a `Ledger`.
@@ -41,6 +45,7 @@ class LedgerSearcher(Searcher):
         metric: the objective.
         halted: from when it says True, trials that Tune stops stay open in the ledger.
         enough: from when it says True, only trials that an interruption left behind are begun.
+        trials: how many there are to be in all, over all sessions.
         groups: how many worker groups there are at present; no more trials than that are live.
         check: does not return where a trial actor died because Ray is lost.
         hyperband: which trials train how far; else each one is trained to its end, or until Tune stops it.
@@ -57,6 +62,7 @@ class LedgerSearcher(Searcher):
         listener: Listener,
         halted: Callable[[], bool],
         enough: Callable[[], bool],
+        trials: int,
         groups: Callable[[], int] = lambda: sys.maxsize,
         check: Callable[[], None] = lambda: None,
         hyperband: Hyperband | None = None,
@@ -69,11 +75,14 @@ class LedgerSearcher(Searcher):
         self._listener = listener
         self._halted = halted
         self._enough = enough
+        self._to_begin = trials - sum(record.state != "outside" for record in ledger.records())
         self._groups = groups
         self._check = check
         self._hyperband = hyperband
         self._live: dict[str, Trial] = {}
         self._begun: dict[str, float] = {}
+        self._heard: set[str] = set()
+        self._lost: Counter[int] = Counter()
         self._started: set[int] = set()
         self._logged: set[tuple[int, str]] = set()
 
@@ -82,13 +91,13 @@ class LedgerSearcher(Searcher):
             return Searcher.FINISHED
         self._stop_the_worse()
         more = self._may_begin()
-        if not (more or self._ledger.has_interrupted or (self._hyperband is not None and self._live)):
+        if not (more or self._ledger.has_interrupted or self._live):  # one that is live may be lost
             return Searcher.FINISHED
         if len(self._live) >= self._groups() or (given := self._next(more)) is None:
             return None  # not now
         trial, until = given
         config = self._suggest(trial)
-        self._ledger.begin(trial)
+        self._to_begin -= self._ledger.begin(trial)
         self._live[trial_id] = trial
         self._begun[trial_id] = time.monotonic()
         if trial.number not in self._started:
@@ -99,18 +108,18 @@ class LedgerSearcher(Searcher):
 
     def _may_begin(self) -> bool:
         """Whether there may be new trials."""
-        more = not self._enough()
-        return more if self._hyperband is None else self._hyperband.has_more(more)
+        return self._to_begin > 0 and not self._enough()
 
     def _next(self, more: bool) -> tuple[Trial, int | None] | None:
         """The trial to train next, and up to which epoch; None while those that wait wait for others."""
-        if self._hyperband is None:
-            return self._ledger.next_trial(), None
-        return self._hyperband.next(more)
+        if self._hyperband is not None:
+            return self._hyperband.next(more)
+        return (self._ledger.next_trial(), None) if more or self._ledger.has_interrupted else None
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         self._ledger.require()
         trial = self._live[trial_id]
+        self._heard.add(trial_id)
         self._note(trial, result)
         self._report(trial, result)
 
@@ -127,6 +136,11 @@ class LedgerSearcher(Searcher):
         if result.get("state") in ("interrupted", "paused"):
             self._ledger.pause(trial, seconds)
             return  # no worker had it, and it goes on when the search resumes; or it waits for others
+        if error and trial_id not in self._heard and self._lost[trial.number] < _MOST_LOST:
+            # Tune gave it to an idle trial actor that had died, and does not try another one.
+            self._lost[trial.number] += 1
+            self._ledger.pause(trial, seconds)
+            return
         state, reason, fault = _verdict(result, error)
         if state != "failed" and self.metric in result:
             self._report(trial, result)
@@ -147,7 +161,7 @@ class LedgerSearcher(Searcher):
         """Those that wait, and that Hyperband lets not go on."""
         if self._hyperband is None:
             return
-        for number in self._hyperband.decide(not self._enough()):
+        for number in self._hyperband.decide(self._may_begin()):
             self._ledger.require()
             trial = self._ledger.take_up(number)
             self._end(

@@ -37,7 +37,7 @@ def run_trials(
     hyperband = None
     if isinstance(search.scheduler, HyperbandConfig):
         factor = search.scheduler.reduction_factor
-        hyperband = Hyperband(ledger, plan.space.max_epochs, factor, plan.trials)
+        hyperband = Hyperband(ledger, plan.space.max_epochs, factor)
     searcher = LedgerSearcher(
         ledger,
         plan.space.suggest,
@@ -48,6 +48,7 @@ def run_trials(
         listeners,
         halted=lambda: session.halted,
         enough=lambda: session.ending is not None,
+        trials=plan.trials,
         groups=lambda: pool.size,
         check=pool.check,
         hyperband=hyperband,
@@ -60,8 +61,8 @@ def run_trials(
             mode=plan.mode,
             search_alg=searcher,
             scheduler=build_scheduler(search.scheduler, plan.space.max_epochs, _memory(ledger)),
-            # With Hyperband a trial is one of Tune's for each rung that it comes to.
-            num_samples=plan.trials - len(ledger.ended()) if hyperband is None else -1,
+            # The searcher counts: a trial is several of Tune's where it has to wait, or its actor was lost.
+            num_samples=-1,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -20,12 +20,16 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util import placement_group_table
 
+from hiertune._database import Place
 from hiertune.config import DataConfig, TrialConfig
 from hiertune.search import cluster
 from hiertune.search.capacity import GroupShape
 from hiertune.search.follower import Follower
+from hiertune.search.ledger import Ledger
+from hiertune.search.listeners import Listeners
 from hiertune.search.messages import Failed, Finished, Job, Reported
 from hiertune.search.pool import WorkerPool
+from hiertune.search.searcher import LedgerSearcher
 from hiertune.search.trainable import TrialActor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -322,6 +326,50 @@ def test_a_trial_actor_that_is_killed_is_replaced_and_no_epoch_is_lost(pool, mak
     assert len({pid for *_, pid in heard}) == 2
     assert heard[-1][1] == undisturbed["val/loss"]
     assert generations(pool) == before, "the job was trained on meanwhile"
+
+
+class KillsWhoIsIdle(tune.Callback):
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        actor = psutil.Process(trial.last_result["pid"])
+        actor.kill()
+        wait_for(lambda: not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_trial_that_was_given_to_a_dead_actor_is_trained_by_another(pool, make_job, tmp_path):
+    ledger = Ledger.open(Place(tmp_path / "ledger.log"), "search", "min", resume=False)
+    searcher = LedgerSearcher(
+        ledger,
+        lambda trial: trial.suggest_float("x", 0.0, 1.0),
+        lambda number, config: make_job(f"{tmp_path.name}-{number}", epochs=2),
+        pool.broker_name,
+        "val/loss",
+        "min",
+        Listeners([]),
+        halted=lambda: False,
+        enough=lambda: False,
+        trials=3,
+        groups=lambda: 1,
+    )
+    tune.Tuner(
+        tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": 1}])),
+        tune_config=tune.TuneConfig(
+            metric="val/loss",
+            mode="min",
+            search_alg=searcher,
+            num_samples=-1,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(tmp_path),
+            verbose=0,
+            callbacks=[KillsWhoIsIdle()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()
+    ended = [(record.number, record.state, record.epochs) for record in ledger.records()]
+    assert ended == [(0, "completed", 2), (1, "completed", 2), (2, "completed", 2)]
 
 
 def test_a_broker_that_is_killed_comes_back_and_the_job_goes_on(pool, make_job, undisturbed):

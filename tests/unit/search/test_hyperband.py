@@ -118,8 +118,9 @@ class Search:
             self,
             halted=lambda: self.halted,
             enough=lambda: self.enough,
+            trials=self.trials,
             groups=lambda: groups,
-            hyperband=Hyperband(ledger, self.epochs, self.factor, self.trials),
+            hyperband=Hyperband(ledger, self.epochs, self.factor),
         )
 
     def train(self, searcher, name, job):
@@ -234,7 +235,7 @@ def test_a_bracket_of_which_all_trials_fail_stops_no_other(tmp_path):
 def test_an_objective_that_is_no_number_never_goes_on(tmp_path):
     search = Search(tmp_path, table(0))
     ledger = search.open()
-    plan = Hyperband(ledger, EPOCHS, FACTOR, 9)
+    plan = Hyperband(ledger, EPOCHS, FACTOR)
     trials = [plan.next(True)[0] for _ in range(9)]
     for trial in trials:
         ledger.begin(trial)

@@ -398,6 +398,7 @@ def searching(path, groups):
         recorder,
         lambda: bool(interrupted),
         lambda: bool(enough),
+        100,
         lambda: len(groups),
     )
     searcher.test_enough = enough
@@ -493,6 +494,33 @@ def test_a_failed_trial_is_told_with_its_reason(search, last, error, reason, fau
     assert ledger.study.trials[0].state == optuna.trial.TrialState.FAIL
     (record,) = ledger.records()
     assert (record.reason, record.fault, record.attempts) == (reason, fault, 1)
+
+
+def test_a_trial_whose_actor_was_dead_before_it_began_is_begun_again(search):
+    """Tune gives a trial to an idle actor, and if that has died to no other one."""
+    searcher, ledger, recorder, _ = search
+    for attempt in range(10):
+        assert searcher.suggest(f"t{attempt}")["job"].id == "trial-0"
+        searcher.on_trial_complete(f"t{attempt}", None, error=True)
+    assert [record.state for record in ledger.records()] == ["running"]
+    assert searcher.suggest("last")["job"].id == "trial-0"
+    searcher.on_trial_complete("last", None, error=True)
+    (record,) = ledger.records()
+    assert (record.state, record.reason) == ("failed", "its trial actor died again and again")
+    assert [kind for kind, *_ in recorder.events].count("started") == 1
+
+
+def test_the_last_trial_may_be_lost_too(search):
+    searcher, ledger, _, _ = search
+    searcher._to_begin = 2
+    assert [searcher.suggest(name)["job"].id for name in "ab"] == ["trial-0", "trial-1"]
+    assert searcher.suggest("c") is None, "there is nothing to begin, but there may be"
+    searcher.on_trial_complete("a", result(1, 0.5, state="completed"))
+    searcher.on_trial_complete("b", None, error=True)
+    assert searcher.suggest("d")["job"].id == "trial-1"
+    searcher.on_trial_complete("d", result(1, 0.6, state="completed"))
+    assert searcher.suggest("e") == "FINISHED"
+    assert [record.value for record in ledger.records()] == [0.5, 0.6]
 
 
 def test_an_interrupted_trial_stays_open_with_its_last_epoch_and_nothing_new_is_asked(search):
@@ -596,10 +624,12 @@ def test_when_it_is_enough_only_interrupted_trials_are_begun(search, path):
     searcher, ledger, _, _ = search
     searcher.suggest("t")
     searcher.test_enough.append(True)
+    assert searcher.suggest("u") is None, "the one that is live may be lost, and then goes on"
+    searcher._live.clear()
     assert searcher.suggest("u") == "FINISHED"
     searcher._ledger = Ledger.open(path, ledger.study.study_name, "max", resume=True)
     assert searcher.suggest("t again")["job"].id == "trial-0"
-    assert searcher.suggest("u") == "FINISHED"
+    assert searcher.suggest("u") is None
     assert len(ledger.records()) == 1
 
 
@@ -688,6 +718,7 @@ def train(path, spool, at, checkpoints):
         Dying(spool, writes, at),
         halted=lambda: False,
         enough=lambda: False,
+        trials=len(EPOCHS),
     )
     while len(ledger.ended()) < len(EPOCHS):
         number = int(searcher.suggest("t")["job"].id.removeprefix("trial-"))
