@@ -23,6 +23,10 @@ import s3
 # Two processes of one compute thread each are faster than one of two, and small layers suffer most.
 torch.set_num_threads(1)
 
+# Ignored by whatever a shell starts with `&` or by nohup, and by all that it starts in turn.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 _BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 
