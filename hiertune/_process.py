@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
+import platform
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,9 +35,7 @@ class Process:
     def this(cls, **more: Any) -> Self:
         """This process, as it is now; `more` are the fields of a subclass."""
         pid = os.getpid()
-        return cls(
-            host=socket.gethostname(), machine=machine(), pid=pid, born=born(pid), program=_PROGRAM, **more
-        )
+        return cls(host=platform.node(), machine=machine(), pid=pid, born=born(pid), program=_PROGRAM, **more)
 
     @property
     def lives(self) -> bool | None:
@@ -58,7 +56,7 @@ def machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
-        return socket.gethostname()
+        return platform.node()
 
 
 def born(pid: int) -> str:

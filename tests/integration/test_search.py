@@ -308,6 +308,7 @@ def test_finished_trials_stay_as_they_are(hiertune, write_space, tmp_path):
     assert len(rows_of(run)) == 5
 
 
+@pytest.mark.long
 def test_what_is_switched_on_after_the_end_is_made_up_for(hiertune, write_space, tmp_path):
     def searched(*options, controls=True, refit=True, decode=True):
         settings = {"controls": controls, "refit": refit, "decode": decode}
@@ -363,9 +364,8 @@ def test_the_median_rule_ends_every_trial(hiertune, write_space, tmp_path):
         assert (row["state"] == "completed") == (row["epochs"] == "9")
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(2, id="one group", marks=pytest.mark.long), pytest.param(1, id="two groups")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [pytest.param(2, id="one group"), pytest.param(1, id="two groups")])
 def test_hyperband_stops_those_of_the_definition_also_when_it_is_interrupted(
     hiertune, start_hiertune, write_space, tmp_path, workers
 ):
